@@ -1,0 +1,85 @@
+# Tandem. `make help` lists the targets; each does its own set-up.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# The tests share two cores and the engines' memory: never two targets at once.
+.NOTPARALLEL:
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?= smollm2-135m
+
+# vLLM on a CPU: no hub, no telemetry, 1 GiB of KV cache, one thread wherever the scheduler puts it.
+# `tandem up` sets the same for itself, where they are not set.
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+export VLLM_CPU_OMP_THREADS_BIND ?= nobind
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(VENV)/.locked $(VENV)/.editable  ## a virtual environment with everything, in .venv
+
+$(BIN)/python:
+	@python=; for p in python3.11 python3.12 python3.13; do \
+	    if $$p -c 'import venv, ensurepip' >/dev/null 2>&1; then python=$$p; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	    echo "Tandem needs Python 3.11, 3.12 or 3.13 with the venv module; none was found." >&2; \
+	    exit 1; fi; \
+	if ! command -v cc gcc clang >/dev/null; then \
+	    echo "Tandem needs a C compiler (cc, gcc or clang): vLLM compiles kernels." >&2; \
+	    exit 1; fi; \
+	echo "setup: $(VENV) with $$($$python --version)"; \
+	$$python -m venv $(VENV)
+
+$(VENV)/.locked: requirements/runtime.lock requirements/dev.lock requirements/install.sh | $(BIN)/python
+	@echo "setup: installing the pinned packages (about 3.5 GB; a minute or two)"
+	@requirements/install.sh $(BIN)/python dev
+	@touch $@
+
+$(VENV)/.editable: pyproject.toml $(VENV)/.locked
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PHONY: model
+model: setup
+	@$(BIN)/tandem models prepare $(MODEL) >/dev/null
+
+.PHONY: demo
+demo: model  ## ask the real model a question: prefilled on one process, decoded on another
+	@$(BIN)/python -m deploy.local.demo --model $(MODEL)
+
+.PHONY: serve
+serve: model  ## router, prefill and decode on this machine, until Ctrl-C
+	@$(BIN)/tandem up --model $(MODEL)
+
+.PHONY: test
+test: model  ## every test, real engines included, in tiers (TIERS="unit contract" for some)
+	@BIN=$(BIN) .ci/test $(TIERS)
+
+.PHONY: check
+check: setup  ## ruff, formatting, mypy --strict, import arrows, house rules
+	@BIN=$(BIN) .ci/check
+
+.PHONY: bench
+bench: model  ## aggregated against disaggregated, and the router's own cost, side by side
+	@$(BIN)/python -m loadtests.bench
+
+.PHONY: loadtest
+loadtest: model  ## chat for a minute against `tandem up`; HTML report under reports/
+	@$(BIN)/python -m loadtests.run
+
+.PHONY: lock
+lock:  ## write the lock files anew (needs uv; UPGRADE=1 for the newest)
+	@UPGRADE=$(UPGRADE) requirements/lock.sh
+
+.PHONY: clean
+clean:  ## remove the environment, caches and reports; prepared models stay
+	rm -rf $(VENV) build dist reports *.egg-info .mypy_cache .ruff_cache .hypothesis \
+	    .pytest_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""The handoff's pure core: manifest, lease and session as values and transitions."""

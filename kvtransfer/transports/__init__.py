@@ -1,0 +1,1 @@
+"""Transports: one-sided reads behind one small interface."""

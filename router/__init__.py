@@ -1,0 +1,1 @@
+"""The OpenAI front and everything that decides."""

@@ -1,0 +1,54 @@
+"""Who may work with whom, told from what the two sides say of themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from workers.api import PROTOCOL
+
+if TYPE_CHECKING:
+    from workers.api import WorkerHello
+
+
+@dataclass(frozen=True, slots=True)
+class RouterFacts:
+    """What this router serves. A digest of None is not compared: it has nothing to compare."""
+
+    router_id: str
+    model: str
+    tokenizer_digest: str | None
+    model_digest: str | None
+    max_model_len: int
+    """Tokens, prompt and output together."""
+
+
+def refusal(router: RouterFacts, worker: WorkerHello) -> str | None:
+    """Why this router can't use that worker, naming both sides; None when it can."""
+    pairs = [
+        ("protocol", PROTOCOL, worker.protocol),
+        ("tokenizer digest", router.tokenizer_digest, worker.tokenizer_digest),
+        ("model digest", router.model_digest, worker.model_digest),
+    ]
+    for what, ours, theirs in pairs:
+        if ours is not None and ours != theirs:
+            return (
+                f"{what} differs: router {router.router_id} ({router.model}) has {ours}, "
+                f"worker {worker.worker_id} ({worker.model}, {worker.engine} "
+                f"{worker.engine_version}) has {theirs}"
+            )
+    if worker.max_model_len < router.max_model_len:
+        return (
+            f"worker {worker.worker_id} serves at most {worker.max_model_len} tokens, router "
+            f"{router.router_id} {router.max_model_len}: start both with the same --max-model-len"
+        )
+    return None
+
+
+def can_hand_off(sender: WorkerHello, receiver: WorkerHello) -> bool:
+    """Whether KV blocks that `sender` computed may be read and used by `receiver`."""
+    return (
+        sender.kv_digest == receiver.kv_digest
+        and sender.model_digest == receiver.model_digest
+        and bool(set(sender.transports) & set(receiver.transports))
+    )

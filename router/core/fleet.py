@@ -1,0 +1,93 @@
+"""The router's view of its workers: what they said, and what it has placed on them since."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from workers.api import ACCEPTS, SILENCE_S, Load, Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workers.api import WorkerHello
+
+STALL_S = 60.0
+"""A busy worker whose step counter stands still for this long is dead. Longer than any single
+step: a GPU's chunk takes a second at most, a CPU's 8,192-token chunk some ten."""
+
+
+@dataclass(slots=True)
+class WorkerView:
+    """One worker as the router knows it."""
+
+    hello: WorkerHello
+    load: Load
+    heard_at: float
+    stepped_at: float
+    """When `load.steps` last moved, or the worker was last idle."""
+    prefill_tokens_placed: dict[str, int] = field(default_factory=dict)
+    """Prompt tokens by request that this router has placed here and that aren't computed yet."""
+    streams: set[str] = field(default_factory=set)
+    """Requests of this router that decode here or will."""
+
+    @property
+    def id(self) -> str:
+        return self.hello.worker_id
+
+    def accepts(self, phase: Phase) -> bool:
+        return phase in ACCEPTS[self.hello.role] and not self.load.draining
+
+    @property
+    def prefill_tokens_queued(self) -> int:
+        """Whichever is greater: what the worker says, or what we know is on its way there.
+
+        The worker's word covers other routers too, ours covers what it hasn't heard of yet.
+        """
+        return max(self.load.prefill_tokens_queued, sum(self.prefill_tokens_placed.values()))
+
+    @property
+    def streams_held(self) -> int:
+        return max(self.load.running + self.load.waiting, len(self.streams))
+
+
+class Fleet:
+    """All workers that said hello and have not been lost."""
+
+    def __init__(self) -> None:
+        self._views: dict[str, WorkerView] = {}
+
+    def __iter__(self) -> Iterator[WorkerView]:
+        return iter(self._views.values())
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def get(self, worker_id: str) -> WorkerView | None:
+        return self._views.get(worker_id)
+
+    def join(self, hello: WorkerHello, now: float) -> None:
+        """A worker is ready. One that joins again under a new epoch starts from nothing."""
+        load = Load(0, False, 0, 0, 0, hello.blocks_total, hello.blocks_total, 0)
+        self._views[hello.worker_id] = WorkerView(hello, load, heard_at=now, stepped_at=now)
+
+    def report(self, worker_id: str, load: Load, now: float) -> None:
+        """A worker's load arrived. Of an unknown worker it is ignored: it was lost meanwhile."""
+        if view := self._views.get(worker_id):
+            if load.steps != view.load.steps or not load.busy:
+                view.stepped_at = now
+            view.load = load
+            view.heard_at = now
+
+    def remove(self, worker_id: str) -> None:
+        self._views.pop(worker_id, None)
+
+    def dead(self, now: float) -> list[tuple[str, str]]:
+        """Workers to give up, each with the reason: silent, or busy without stepping."""
+        found = []
+        for view in self:
+            if now - view.heard_at > SILENCE_S:
+                found.append((view.id, f"silent for {now - view.heard_at:.1f} s"))
+            elif view.load.busy and now - view.stepped_at > STALL_S:
+                found.append((view.id, f"busy but not stepping for {now - view.stepped_at:.0f} s"))
+        return found

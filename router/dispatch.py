@@ -1,0 +1,309 @@
+"""Carries requests through their lifecycle: it moves messages and decides nothing.
+
+Synchronous and free of clocks and sockets: time and the way out are given to it. The same code
+runs behind HTTP and in the simulator.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from router.core import lifecycle as life
+from router.core.errors import NoWorkers, Overloaded
+from router.core.fleet import Fleet
+from router.core.placement import Prompt, place
+from router.journal import Journal
+from workers.api import Abort, Batch, Delta, Finish, Generate, Phase, Release
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from router.core.errors import RouterError
+    from workers.api import ToWorker, WorkerHello
+
+log = logging.getLogger(__name__)
+
+REQUESTS_MAX = 20_000
+"""Live requests a router holds; beyond, it answers 503."""
+STUCK_S = 600.0
+"""A request without any progress for this long is failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request for one sequence, as the front hands it over."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    max_tokens: int
+    params: bytes = b""
+    cache_salt: str | None = None
+    lora_name: str | None = None
+    priority: int = 0
+    name: str = ""
+    """What the client calls the request; for `explain`, several asks may share it."""
+
+
+class Sink(Protocol):
+    """Where tokens and failures go: the front, or the simulator's bookkeeping."""
+
+    def deliver(self, deltas: list[Delta], prompt_extras: dict[str, bytes]) -> None:
+        """Deltas of one engine step. `prompt_extras` has, by request id and only with the first
+        delta, what the prefill worker said of the prompt (`Delta.extras`)."""
+
+    def fail(self, request_id: str, error: RouterError) -> None: ...
+
+
+@dataclass(slots=True)
+class _Live:
+    ask: Ask
+    state: life.State
+    progress_at: float
+    wire_id: str = ""
+    prompt_extras: bytes | None = None
+    cached_tokens: int | None = None
+    """Of the prefill worker: what its cache saved this request."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """What one batch brings to the sink, gathered so that it is told once."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    prompt_extras: dict[str, bytes] = field(default_factory=dict)
+
+
+class Dispatch:
+    """All live requests of one router."""
+
+    def __init__(
+        self,
+        send: Callable[[str, ToWorker], None],
+        sink: Sink,
+        clock: Callable[[], float],
+        journal: Journal | None = None,
+    ) -> None:
+        self.fleet = Fleet()
+        self.journal = journal or Journal()
+        self._send = send
+        self._sink = sink
+        self._clock = clock
+        self._live: dict[str, _Live] = {}
+        self._by_wire: dict[str, _Live] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    # ------------------------------------------------------------ from the front
+
+    def check(self) -> None:
+        """Raise what `submit` would raise for lack of workers or room, before any work."""
+        if len(self._live) >= REQUESTS_MAX:
+            raise Overloaded(live=len(self._live))
+        place(Prompt(tokens=1, output_tokens_max=1), list(self.fleet))
+
+    def submit(self, ask: Ask) -> None:
+        """Start a request. Raises NoWorkers or Overloaded; then nothing has been started."""
+        self.check()
+        now = self._clock()
+        live = _Live(ask, life.Placing(), progress_at=now)
+        self._live[ask.request_id] = live
+        self.journal.start(ask.request_id, ask.name, len(ask.prompt_token_ids), now)
+        self._place(live, life.Place(), now)
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """The client is gone. Unknown ids are ignored."""
+        self._for_each(request_ids, life.ClientGone())
+
+    def enough(self, request_ids: Iterable[str]) -> None:
+        """The front found the end of these itself. Unknown ids are ignored."""
+        self._for_each(request_ids, life.Enough())
+
+    # ------------------------------------------------------------ from the workers
+
+    def on_hello(self, hello: WorkerHello) -> None:
+        now = self._clock()
+        known = self.fleet.get(hello.worker_id)
+        if known and known.hello.epoch == hello.epoch:
+            return
+        if known:
+            self.on_lost(hello.worker_id, "restarted")
+        self.fleet.join(hello, now)
+
+    def on_lost(self, worker_id: str, reason: str) -> None:
+        """A worker is gone, and with it whatever it held."""
+        if self.fleet.get(worker_id) is None:
+            return
+        self.fleet.remove(worker_id)
+        now = self._clock()
+        log.warning("worker lost", extra={"worker": worker_id, "reason": reason})
+        for live in list(self._live.values()):
+            self._advance(live, life.Lost(worker_id, reason), now)
+
+    def on_batch(self, worker_id: str, batch: Batch) -> None:
+        """One engine step of one worker."""
+        now = self._clock()
+        self.fleet.report(worker_id, batch.load, now)
+        step = _Step()
+        for delta in batch.deltas:
+            live = self._by_wire.get(delta.request_id)
+            if live is None:
+                if delta.ticket is not None:
+                    for effect in life.stray(worker_id, delta.ticket):
+                        self._release(effect)
+                continue
+            live.progress_at = now
+            self._on_delta(live, worker_id, delta, step)
+        if step.deltas:
+            self._sink.deliver(step.deltas, step.prompt_extras)
+
+    def tick(self) -> None:
+        """Give up dead workers and stuck requests. Call it about once a second."""
+        now = self._clock()
+        for worker_id, reason in self.fleet.dead(now):
+            self.on_lost(worker_id, reason)
+        for live in [r for r in self._live.values() if now - r.progress_at > STUCK_S]:
+            self._advance(live, life.Stuck(now - live.progress_at), now)
+
+    # ------------------------------------------------------------ transitions
+
+    def _on_delta(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
+        now = live.progress_at
+        match delta.finish:
+            case Finish.PREFILLED:
+                assert delta.ticket is not None, "a finished prefill has a ticket"
+                live.prompt_extras = delta.extras
+                live.cached_tokens = delta.cached_tokens
+                self._advance(live, life.PrefillDone(delta.ticket), now)
+            case Finish.ERROR | Finish.REFUSED | Finish.ABORT:
+                reason = delta.error or f"it ended with {delta.finish}"
+                self._advance(live, life.Failed(reason, elsewhere=True), now)
+            case Finish.INVALID:
+                self._advance(live, life.Failed(delta.error or "", elsewhere=False), now)
+            case _:
+                ended = delta.finish is not None
+                self._gather(live, worker_id, delta, step)
+                self._advance(live, life.Tokens(len(delta.token_ids), ended), now)
+
+    def _gather(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
+        request_id = live.ask.request_id
+        if delta.cached_tokens is not None:
+            self.journal.pulled(request_id, delta, live.cached_tokens)
+        if live.prompt_extras is not None:
+            step.prompt_extras[request_id] = live.prompt_extras
+            live.prompt_extras = None
+        if view := self.fleet.get(worker_id):
+            view.prefill_tokens_placed.pop(request_id, None)
+        self.journal.tokens(request_id, len(delta.token_ids), live.progress_at)
+        if delta.request_id != request_id:  # The wire's id has the try in it.
+            delta = msgspec.structs.replace(delta, request_id=request_id)
+        step.deltas.append(delta)
+
+    def _for_each(self, request_ids: Iterable[str], event: life.Event) -> None:
+        now = self._clock()
+        for request_id in request_ids:
+            if live := self._live.get(request_id):
+                self._advance(live, event, now)
+
+    def _advance(self, live: _Live, event: life.Event, now: float) -> None:
+        before = live.state
+        live.state, effects = life.advance(before, event)
+        if type(live.state) is not type(before):
+            self._account(live)
+        for effect in effects:
+            self._carry_out(live, effect, now)
+        if isinstance(live.state, life.Ended):
+            self._forget(live, live.state.outcome, now)
+
+    def _carry_out(self, live: _Live, effect: life.Effect, now: float) -> None:
+        match effect:
+            case life.Deliver():
+                pass  # Gathered by `_on_delta`: the sink is told once a batch.
+            case life.Place():
+                self._place(live, effect, now)
+            case life.SendPrefill(worker):
+                self._generate(live, worker, Phase.PREFILL, None)
+            case life.SendDecode(worker, ticket):
+                self._generate(live, worker, Phase.DECODE, ticket)
+            case life.SendBoth(worker):
+                self._generate(live, worker, Phase.BOTH, None)
+            case life.AbortOn(worker):
+                self._send(worker, Abort([live.wire_id]))
+            case life.ReleaseKV():
+                self._release(effect)
+            case life.FailClient(error):
+                self.journal.failed(live.ask.request_id, error)
+                self._sink.fail(live.ask.request_id, error)
+
+    def _place(self, live: _Live, effect: life.Place, now: float) -> None:
+        ask = live.ask
+        prompt = Prompt(len(ask.prompt_token_ids), ask.max_tokens)
+        avoid = frozenset({effect.avoid} if effect.avoid else ())
+        event: life.Event
+        try:
+            placement = place(prompt, list(self.fleet), avoid)
+        except NoWorkers as error:
+            event = life.NotPlaced(error)
+        else:
+            self.journal.placed(ask.request_id, placement)
+            event = life.Placed(placement.prefill, placement.decode)
+        self._advance(live, event, now)
+
+    def _generate(self, live: _Live, worker: str, phase: Phase, ticket: bytes | None) -> None:
+        ask = live.ask
+        self._by_wire.pop(live.wire_id, None)
+        assert isinstance(live.state, (life.Prefilling, life.Decoding))
+        # Ids are single use: a late answer to a former try must not be taken for this one's.
+        attempt = live.state.attempt
+        live.wire_id = ask.request_id if attempt == 1 else f"{ask.request_id}/{attempt}"
+        if phase is Phase.PREFILL:
+            live.wire_id += "/p"
+        self._by_wire[live.wire_id] = live
+        self._send(
+            worker,
+            Generate(
+                request_id=live.wire_id,
+                phase=phase,
+                prompt_token_ids=ask.prompt_token_ids,
+                max_tokens=ask.max_tokens,
+                params=ask.params,
+                ticket=ticket,
+                cache_salt=ask.cache_salt,
+                lora_name=ask.lora_name,
+                priority=ask.priority,
+            ),
+        )
+
+    def _release(self, effect: life.Effect) -> None:
+        assert isinstance(effect, life.ReleaseKV)
+        self._send(effect.worker, Release([effect.ticket]))
+
+    # ------------------------------------------------------------ accounts
+
+    def _account(self, live: _Live) -> None:
+        """Count the request where it now is, and nowhere else."""
+        request_id, state = live.ask.request_id, live.state
+        prompt_tokens = len(live.ask.prompt_token_ids)
+        for each in self.fleet:
+            each.prefill_tokens_placed.pop(request_id, None)
+            each.streams.discard(request_id)
+        if not isinstance(state, (life.Prefilling, life.Decoding)):
+            return
+        if decode := self.fleet.get(state.decode):
+            decode.streams.add(request_id)
+        computing = None
+        if isinstance(state, life.Prefilling):
+            computing = self.fleet.get(state.prefill)
+        elif state.prefill is None:
+            computing = decode
+        if computing:
+            computing.prefill_tokens_placed[request_id] = prompt_tokens
+
+    def _forget(self, live: _Live, outcome: life.Outcome, now: float) -> None:
+        if self._live.pop(live.ask.request_id, None) is not None:
+            self._by_wire.pop(live.wire_id, None)
+            self.journal.end(live.ask.request_id, outcome, now)

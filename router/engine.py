@@ -1,0 +1,304 @@
+"""vLLM's `EngineClient` over a fleet of workers, as `AsyncLLM` is one over a single engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from copy import copy
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, cast
+
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import GracefulHTTPError, RetryableRequestError, VLLMValidationError
+from vllm.inputs import EngineInput, PromptType
+from vllm.renderers import renderer_from_config
+from vllm.renderers.inputs.preprocess import extract_prompt_components
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
+
+from router.core.errors import RequestInvalid, RouterError
+from router.dispatch import Ask
+from workers.api import Delta, Finish
+from workers.vllm_codec import decode_extras, encode_request
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterable, Mapping
+
+    from vllm.config import VllmConfig
+    from vllm.outputs import PoolingRequestOutput, RequestOutput
+    from vllm.tasks import SupportedTask
+
+    from router.dispatch import Dispatch
+
+log = logging.getLogger(__name__)
+
+_FINISH = {
+    Finish.STOP: FinishReason.STOP,
+    Finish.LENGTH: FinishReason.LENGTH,
+    Finish.REPETITION: FinishReason.REPETITION,
+}
+
+
+class Refusal(GracefulHTTPError):  # type: ignore[misc]
+    """A `RouterError` before the response has begun: its own status, and `Retry-After`."""
+
+    def __init__(self, error: RouterError) -> None:
+        super().__init__(str(error), HTTPStatus(error.status))
+        self.error = error
+
+
+class Broken(RetryableRequestError):  # type: ignore[misc]
+    """A `RouterError` under way: an error event in a stream, else its own status."""
+
+    def __init__(self, error: RouterError) -> None:
+        super().__init__(str(error))
+        self.status_code = HTTPStatus(error.status)
+        self.error = error
+
+
+class DisaggregatedEngine(EngineClient):  # type: ignore[misc]
+    """Renders in, tokens out: vLLM's front calls `generate`, the fleet does the work.
+
+    It is also the dispatch's `Sink`: deltas go through vLLM's `OutputProcessor` (detokenizing,
+    stop strings, logprobs, n > 1) to the waiting `generate` of each request.
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.renderer = renderer_from_config(vllm_config)
+        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
+        self._dispatch: Dispatch | None = None
+
+    def attach(self, dispatch: Dispatch) -> None:
+        """Give the engine its way out. The two need each other, so this comes second."""
+        self._dispatch = dispatch
+
+    @property
+    def dispatch(self) -> Dispatch:
+        assert self._dispatch is not None, "attach() comes before any request"
+        return self._dispatch
+
+    # ------------------------------------------------------------ requests
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Raise `Refusal` before a response is begun; a stream could no longer say 503."""
+        try:
+            self.dispatch.check()
+        except RouterError as error:
+            raise Refusal(error) from error
+
+    async def generate(
+        self,
+        prompt: PromptType | EngineInput,
+        sampling_params: SamplingParams,
+        request_id: str,
+        **options: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Generate for one request; `options` are those of vLLM's `EngineClient.generate`.
+
+        Raises VLLMValidationError (4xx), `Refusal` or `Broken`. Closing the generator aborts.
+        """
+        requests, queue = await self._add(prompt, sampling_params, request_id, options)
+        ended = False
+        try:
+            while not ended:
+                out = queue.get_nowait() or await queue.get()
+                ended = out.finished
+                yield out
+            # Nothing is left to abort: each sequence ended in the dispatch as it did here.
+        finally:
+            if not ended:
+                ids = [request.request_id for request in requests]
+                self.output_processor.abort_requests(ids, internal=True)
+                self.dispatch.cancel(ids)
+            queue.close()
+
+    async def _add(
+        self,
+        prompt: PromptType | EngineInput,
+        params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
+    ) -> tuple[list[EngineCoreRequest], RequestOutputCollector]:
+        """Process, fan out (n > 1) and submit; either every sequence is submitted or none."""
+        request = await self._process(prompt, params, request_id, options)
+        params = cast(SamplingParams, request.params)
+        text, _, _ = extract_prompt_components(self.model_config, prompt)
+        queue = RequestOutputCollector(params.output_kind, request.request_id)
+        parent = ParentRequest(request) if params.n > 1 else None
+        children = [request] if parent is None else _children(parent, request, params.n)
+        for index, child in enumerate(children):
+            self.output_processor.add_request(child, text, parent, index, queue)
+        try:
+            for child in children:
+                self.dispatch.submit(_ask(child))
+        except RouterError as error:
+            ids = [child.request_id for child in children]
+            self.output_processor.abort_requests(ids, internal=True)
+            self.dispatch.cancel(ids)
+            raise Refusal(error) from error
+        return children, queue
+
+    async def _process(
+        self,
+        prompt: PromptType | EngineInput,
+        params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
+    ) -> EngineCoreRequest:
+        _refuse_what_is_ours(params)
+        process = self.input_processor.process_inputs
+        kept = ("lora_request", "tokenization_kwargs", "priority", "session_id", "kv_hints")
+        given = {key: options[key] for key in kept if options.get(key) is not None}
+        given["supported_tasks"] = await self.get_supported_tasks()
+        if isinstance(prompt, dict) and "type" in prompt:
+            request = process(request_id, prompt, params, **given)
+        else:  # A raw prompt is tokenized here, which must not hold the loop up.
+            request = await self.input_processor.process_inputs_async(
+                request_id, prompt, params, **given
+            )
+        for key in ("reasoning_ended", "reasoning_parser_kwargs"):
+            if options.get(key) is not None:
+                setattr(request, key, options[key])
+        if request.prompt_token_ids is None:
+            raise VLLMValidationError(
+                "prompt embeddings can't be served disaggregated; send text or token ids",
+                parameter="prompt_embeds",
+            )
+        self.input_processor.assign_request_id(request)
+        return cast(EngineCoreRequest, request)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        self.dispatch.cancel(self.output_processor.abort_requests(ids, internal=False))
+
+    # ------------------------------------------------------------ the dispatch's sink
+
+    def deliver(self, deltas: list[Delta], prompt_extras: dict[str, bytes]) -> None:
+        outputs = [_output(delta, prompt_extras.get(delta.request_id)) for delta in deltas]
+        processed = self.output_processor.process_outputs(outputs, time.monotonic())
+        if processed.reqs_to_abort:
+            self.dispatch.enough(processed.reqs_to_abort)
+
+    def fail(self, request_id: str, error: RouterError) -> None:
+        state = self.output_processor.request_states.get(request_id)
+        if state is None or state.queue is None:
+            return
+        queue = state.queue
+        self.output_processor.abort_requests([request_id], internal=True)
+        if isinstance(error, RequestInvalid):
+            queue.put(VLLMValidationError(str(error)))
+        else:
+            queue.put(Broken(error))
+
+    # ------------------------------------------------------------ the rest of EngineClient
+
+    @property
+    def is_running(self) -> bool:
+        return True
+
+    @property
+    def is_stopped(self) -> bool:
+        return False
+
+    @property
+    def errored(self) -> bool:
+        return False
+
+    @property
+    def dead_error(self) -> BaseException:
+        return RuntimeError("the router has no engine that could be dead")
+
+    async def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
+        return ("generate",)
+
+    async def check_health(self) -> None:
+        """A router without workers is healthy: it says so by 503, and waits (`/readyz`)."""
+
+    async def notify_kv_transfer_request_rejected(
+        self,
+        request_id: str,
+        kv_transfer_params: dict[str, Any],
+        *,
+        data_parallel_rank: int | None = None,
+    ) -> None:
+        """Never needed: clients can't bring transfer parameters of their own."""
+
+    async def is_tracing_enabled(self) -> bool:
+        return False
+
+    async def do_log_stats(self) -> None:
+        """Workers have the statistics; the router's are at /metrics."""
+
+    async def is_sleeping(self) -> bool:
+        return False
+
+    async def is_paused(self) -> bool:
+        return False
+
+    async def reset_mm_cache(self) -> None:
+        await self.renderer.clear_mm_cache_async()
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.renderer.shutdown()
+
+    def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[PoolingRequestOutput, None]:
+        raise NotImplementedError("Tandem serves generation only")
+
+    async def _one_engine_only(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("this acts on one engine; ask the worker itself")
+
+    start_profile = stop_profile = reset_encoder_cache = reset_prefix_cache = _one_engine_only
+    sleep = wake_up = release_kv_cache_memory = add_lora = _one_engine_only
+    pause_generation = resume_generation = _one_engine_only
+
+
+def _refuse_what_is_ours(params: SamplingParams) -> None:
+    if params.extra_args and "kv_transfer_params" in params.extra_args:
+        raise VLLMValidationError(
+            "kv_transfer_params is set by the router, not by clients",
+            parameter="kv_transfer_params",
+        )
+
+
+def _children(parent: ParentRequest, request: EngineCoreRequest, n: int) -> list[EngineCoreRequest]:
+    children = []
+    for index in range(n):
+        child = copy(request)
+        child.request_id, child.sampling_params = parent.get_child_info(index)
+        children.append(child)
+    return children
+
+
+def _ask(request: EngineCoreRequest) -> Ask:
+    params = cast(SamplingParams, request.sampling_params)
+    lora: Mapping[str, Any] | Any = request.lora_request
+    return Ask(
+        request_id=request.request_id,
+        prompt_token_ids=cast("list[int]", request.prompt_token_ids),
+        max_tokens=params.max_tokens or 1,
+        params=encode_request(request),
+        cache_salt=request.cache_salt,
+        lora_name=lora.lora_name if lora else None,
+        priority=request.priority,
+        name=request.external_req_id or "",
+    )
+
+
+def _output(delta: Delta, prompt_extras: bytes | None) -> EngineCoreOutput:
+    output = EngineCoreOutput(
+        request_id=delta.request_id,
+        new_token_ids=delta.token_ids,
+        finish_reason=None if delta.finish is None else _FINISH[delta.finish],
+        stop_reason=delta.stop_reason,
+    )
+    if prompt_extras is not None:
+        decode_extras(prompt_extras, output)
+    if delta.extras is not None:
+        decode_extras(delta.extras, output)
+    return output

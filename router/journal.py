@@ -1,0 +1,118 @@
+"""What became of recent requests: where they ran, what was moved, how long it took."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+if TYPE_CHECKING:
+    from router.core.errors import RouterError
+    from router.core.lifecycle import Outcome
+    from router.core.placement import Placement
+    from workers.api import Delta
+
+RECORDS_MAX = 4096
+
+
+class Record(msgspec.Struct):
+    """One request for one sequence. Times ending in `_at` are the router's clock, in seconds."""
+
+    request_id: str
+    name: str
+    prompt_tokens: int
+    started_at: float
+    outcome: str = "running"
+    error_code: str | None = None
+    attempts: int = 0
+    prefill_worker: str | None = None
+    """None when the decode worker computed the prompt itself."""
+    decode_worker: str | None = None
+    cached_tokens: int = 0
+    """Prompt tokens that nobody had to compute: the prefill worker's cache held them, or, where
+    one worker did both, its own."""
+    kv_tokens: int = 0
+    kv_bytes: int = 0
+    kv_s: float = 0.0
+    kv_failed: str | None = None
+    output_tokens: int = 0
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    ended_at: float | None = None
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.first_token_at is None else self.first_token_at - self.started_at
+
+
+class Observer(Protocol):
+    """Told of what is counted (`router.metrics`)."""
+
+    def token_gap(self, seconds: float) -> None: ...
+
+    def ended(self, record: Record) -> None: ...
+
+
+class Journal:
+    """Records of live and recent requests, the oldest forgotten first."""
+
+    def __init__(self, observer: Observer | None = None) -> None:
+        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._observer = observer
+
+    def start(self, request_id: str, name: str, prompt_tokens: int, now: float) -> None:
+        self._records[request_id] = Record(request_id, name, prompt_tokens, now)
+        if len(self._records) > RECORDS_MAX:
+            self._records.popitem(last=False)
+
+    def placed(self, request_id: str, placement: Placement) -> None:
+        if record := self._records.get(request_id):
+            record.attempts += 1
+            record.prefill_worker = placement.prefill
+            record.decode_worker = placement.decode
+
+    def pulled(self, request_id: str, delta: Delta, prefill_cached_tokens: int | None) -> None:
+        """The decode worker's first delta says how the prompt's KV got there."""
+        if record := self._records.get(request_id):
+            local = delta.cached_tokens or 0
+            record.cached_tokens = max(local, prefill_cached_tokens or 0)
+            record.kv_tokens = delta.kv_tokens
+            record.kv_bytes = delta.kv_bytes
+            record.kv_s = delta.kv_s
+            record.kv_failed = delta.kv_failed
+
+    def tokens(self, request_id: str, count: int, now: float) -> None:
+        record = self._records.get(request_id)
+        if record is None or not count:
+            return
+        if record.last_token_at is None:
+            record.first_token_at = now
+        elif self._observer:
+            self._observer.token_gap((now - record.last_token_at) / count)
+        record.last_token_at = now
+        record.output_tokens += count
+
+    def failed(self, request_id: str, error: RouterError) -> None:
+        if record := self._records.get(request_id):
+            record.error_code = error.code
+
+    def end(self, request_id: str, outcome: Outcome, now: float) -> None:
+        if record := self._records.get(request_id):
+            record.outcome = outcome.value
+            record.ended_at = now
+            if self._observer:
+                self._observer.ended(record)
+
+    def find(self, name: str) -> list[Record]:
+        """Records whose request id or client's name is `name`, oldest first.
+
+        The front prefixes the client's own `X-Request-Id` (`chatcmpl-…`), so a name's ending
+        after a dash matches too.
+        """
+        ends = f"-{name}"
+        return [
+            r
+            for r in self._records.values()
+            if name in (r.request_id, r.name) or r.name.endswith(ends)
+        ]

@@ -1,0 +1,238 @@
+"""The router's end of the token channel: one DEALER socket a worker, kept connected."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from router.core.compat import RouterFacts, refusal
+from workers.api import (
+    PROTOCOL,
+    Batch,
+    Heartbeat,
+    Refused,
+    RouterHello,
+    WorkerHello,
+    decode_to_router,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from router.dispatch import Dispatch
+    from workers.api import ToWorker
+
+log = logging.getLogger(__name__)
+
+BEAT_S: Final = 1.0
+RECEIVE_MAX: Final = 64
+"""Messages taken from one socket before the loop may do something else."""
+SEND_QUEUE_MAX: Final = 10_000
+"""Messages to one worker that may wait; one that takes no more is lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """ZeroMQ CURVE keys, Z85: the router's own pair and the workers' common public key."""
+
+    public: bytes
+    secret: bytes
+    server: bytes
+
+
+class Link:
+    """One worker's address: says hello until answered, beats, receives, and notices the end."""
+
+    def __init__(self, address: str, links: Links) -> None:
+        self.address = address
+        self.worker_id: str | None = None
+        self.refused: str | None = None
+        self._links = links
+        self._loop = asyncio.get_running_loop()
+        self._open()
+
+    def _open(self) -> None:
+        socket = self._links.context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
+        socket.setsockopt(zmq.RCVHWM, SEND_QUEUE_MAX)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
+        socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        if curve := self._links.curve:
+            socket.curve_publickey = curve.public
+            socket.curve_secretkey = curve.secret
+            socket.curve_serverkey = curve.server
+        self._socket = socket
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        socket.connect(self.address)
+        self._loop.add_reader(_descriptor(socket), self._receive)
+        self._loop.add_reader(_descriptor(self._monitor), self._notice)
+        self._hello()
+
+    def close(self) -> None:
+        self._loop.remove_reader(_descriptor(self._socket))
+        self._loop.remove_reader(_descriptor(self._monitor))
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=0)
+
+    def lost(self, reason: str) -> None:
+        """Give the worker up and begin again: a socket may hold messages for a former process."""
+        worker_id, self.worker_id = self.worker_id, None
+        self.close()
+        self._open()
+        if worker_id is not None:
+            self._links.gone(worker_id, reason)
+
+    def beat(self) -> None:
+        """Once a second: hello until there is an answer, then a sign of life."""
+        if self.worker_id is None:
+            self._hello()
+        else:
+            self.send(Heartbeat())
+
+    def send(self, message: ToWorker) -> None:
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            if self.worker_id is not None:
+                self.lost(f"takes no more than {SEND_QUEUE_MAX} messages")
+            return
+        # The descriptor tells of edges only, and sending may have consumed one.
+        if _readable(self._socket):
+            self._loop.call_soon(self._receive)
+
+    def _hello(self) -> None:
+        facts = self._links.facts
+        self.send(
+            RouterHello(PROTOCOL, facts.router_id, facts.model_digest, facts.tokenizer_digest)
+        )
+
+    def _receive(self) -> None:
+        socket = self._socket
+        for _ in range(RECEIVE_MAX):
+            try:
+                frame = socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._take(frame)
+            if socket is not self._socket:
+                return  # The worker was given up while we listened to it.
+        self._loop.call_soon(self._receive)
+
+    def _take(self, frame: bytes) -> None:
+        try:
+            message = decode_to_router(frame)
+        except msgspec.MsgspecError as error:
+            self._links.malformed(self.address, str(error))
+            return
+        match message:
+            case Batch() if self.worker_id is not None:
+                self._links.dispatch.on_batch(self.worker_id, message)
+            case Batch():
+                pass  # From before we knew each other.
+            case WorkerHello():
+                self._welcome(message)
+            case Refused(reason):
+                self._refuse(reason)
+
+    def _welcome(self, hello: WorkerHello) -> None:
+        if reason := refusal(self._links.facts, hello):
+            self._refuse(reason)
+            return
+        if not self._links.claim(hello.worker_id, self):
+            self._refuse(f"another address already serves as worker {hello.worker_id}")
+            return
+        self.refused = None
+        self.worker_id = hello.worker_id
+        self._links.dispatch.on_hello(hello)
+
+    def _refuse(self, reason: str) -> None:
+        if reason != self.refused:
+            log.error("worker refused", extra={"address": self.address, "reason": reason})
+        self.refused = reason
+
+    def _notice(self) -> None:
+        """The connection broke: what is in flight on it is lost, now and not seconds later."""
+        monitor = self._monitor
+        broken = False
+        while _readable(monitor):
+            event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
+            broken = broken or event["event"] == zmq.EVENT_DISCONNECTED
+        if broken and self.worker_id is not None:
+            self.lost("connection closed")
+
+
+def _readable(socket: zmq.Socket[bytes]) -> bool:
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+
+def _descriptor(socket: zmq.Socket[bytes]) -> int:
+    return int(socket.getsockopt(zmq.FD))
+
+
+class Links:
+    """All links of one router."""
+
+    def __init__(
+        self,
+        addresses: Iterable[str],
+        facts: RouterFacts,
+        dispatch: Dispatch,
+        curve: Curve | None = None,
+    ) -> None:
+        self.context = zmq.Context()
+        self.curve = curve
+        self.facts = facts
+        self.dispatch = dispatch
+        self.malformed_total = 0
+        self._by_worker: dict[str, Link] = {}
+        self._links = [Link(address, self) for address in addresses]
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(self._links)
+
+    def send(self, worker_id: str, message: ToWorker) -> None:
+        """To a worker that is gone, silently nothing: its loss is told separately."""
+        if link := self._by_worker.get(worker_id):
+            link.send(message)
+
+    def claim(self, worker_id: str, link: Link) -> bool:
+        """Bind the worker to its link; False when another address already serves as it."""
+        return self._by_worker.setdefault(worker_id, link) is link
+
+    def gone(self, worker_id: str, reason: str) -> None:
+        self._by_worker.pop(worker_id, None)
+        self.dispatch.on_lost(worker_id, reason)
+
+    def malformed(self, address: str, error: str) -> None:
+        self.malformed_total += 1
+        log.warning("malformed message", extra={"address": address, "error": error})
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        try:
+            while True:
+                for link in self._links:
+                    link.beat()
+                self.dispatch.tick()
+                for link in self._links:
+                    if link.worker_id and self.dispatch.fleet.get(link.worker_id) is None:
+                        link.lost("given up")
+                await asyncio.sleep(BEAT_S)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        for link in self._links:
+            link.close()
+        self.context.term()

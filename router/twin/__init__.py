@@ -1,0 +1,1 @@
+"""The same router on virtual time."""

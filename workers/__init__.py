@@ -1,0 +1,1 @@
+"""Worker processes: one engine behind one contract."""

@@ -1,0 +1,217 @@
+"""The contract between a router and a worker, one message type a struct.
+
+A worker binds one ZeroMQ ROUTER socket, the *token channel*; each router connects a DEALER to it.
+Every message is one frame of msgpack, a tagged array (see `encode` and `Decoder`).
+
+1. The router sends `RouterHello`. The worker answers `WorkerHello`, or `Refused` when they can't
+   speak together; a refused router may try again later (the worker may have been replaced).
+2. The router sends `Generate`, `Abort`, `Release` and, once a second, `Heartbeat`.
+3. The worker sends one `Batch` an engine step with the `Delta` of every request that this router
+   has in that step and its `Load`. A worker with nothing to say sends an empty `Batch` every
+   `LOAD_INTERVAL_S`, so silence means trouble.
+
+A router silent for `SILENCE_S` is gone: the worker aborts its requests. A worker silent for
+`SILENCE_S`, or one whose `Load.steps` stands still while `Load.busy`, is dead to the router.
+
+Whatever belongs to one engine's own vocabulary (sampling parameters, logprobs, multimodal
+features) travels as opaque bytes: `Generate.params` and `Delta.extras`. `Delta.ticket` is the
+KV handoff's own (`kvtransfer.protocol`); the router carries it from prefill to decode unread.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+PROTOCOL = 1
+LOAD_INTERVAL_S = 0.5
+SILENCE_S = 5.0
+
+
+class Role(StrEnum):
+    """What a worker accepts: `Phase.PREFILL`, the other two, or all three."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class Phase(StrEnum):
+    """What one `Generate` asks of one worker."""
+
+    PREFILL = "prefill"
+    """Compute the prompt, emit no tokens, keep the KV blocks under a lease, return a ticket."""
+    DECODE = "decode"
+    """Pull the prompt's KV with `Generate.ticket`, then generate."""
+    BOTH = "both"
+    """Prefill and decode here; nothing is handed off."""
+
+
+ACCEPTS: dict[Role, frozenset[Phase]] = {
+    Role.PREFILL: frozenset({Phase.PREFILL}),
+    Role.DECODE: frozenset({Phase.DECODE, Phase.BOTH}),
+    Role.MIXED: frozenset(Phase),
+}
+
+
+class Finish(StrEnum):
+    """Why a request ended on a worker. The first three are OpenAI's and vLLM's own words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    REPETITION = "repetition"
+    PREFILLED = "prefilled"
+    """`Phase.PREFILL` is done; `Delta.ticket` says where its KV is."""
+    ERROR = "error"
+    """The engine failed this request; `Delta.error` says why. It may be tried elsewhere."""
+    REFUSED = "refused"
+    """The worker took nothing on (draining, wrong phase); it may be tried elsewhere."""
+    INVALID = "invalid"
+    """The request itself is wrong (`Delta.error`); trying it elsewhere is no use."""
+
+
+class _Message(
+    msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, tag=True, gc=False
+):
+    pass
+
+
+# ---------------------------------------------------------------- router to worker
+
+
+class RouterHello(_Message, frozen=True):
+    protocol: int
+    router_id: str
+    model_digest: str | None
+    """The model that this router serves; None when the router has no weights to compare."""
+    tokenizer_digest: str | None
+
+
+class Generate(_Message, frozen=True):
+    request_id: str
+    """Unique over all routers, single use."""
+    phase: Phase
+    prompt_token_ids: list[int]
+    max_tokens: int
+    """At least 1. An upper bound for capacity; the engine's own limit is in `params`."""
+    params: bytes
+    """The engine's own encoding of everything else. Empty for the simulated engine."""
+    ticket: bytes | None = None
+    """`Phase.DECODE` only: the prefill worker's `Delta.ticket`, unchanged."""
+    cache_salt: str | None = None
+    lora_name: str | None = None
+    priority: int = 0
+    """Lower runs first, as in vLLM."""
+
+
+class Abort(_Message, frozen=True):
+    """Stop these requests and free what they hold. Unknown ids are ignored; nothing answers."""
+
+    request_ids: list[str]
+
+
+class Release(_Message, frozen=True):
+    """Give up the KV of finished prefills that nobody will read. Late or repeated is harmless."""
+
+    tickets: list[bytes]
+
+
+class Heartbeat(_Message, frozen=True):
+    """I am here."""
+
+
+# ---------------------------------------------------------------- worker to router
+
+
+class WorkerHello(_Message, frozen=True):
+    protocol: int
+    worker_id: str
+    """Stable over restarts: the pod's or the process's name."""
+    epoch: str
+    """New at every start of the process."""
+    role: Role
+    engine: str
+    """`vllm` or `sim`."""
+    engine_version: str
+    model: str
+    model_digest: str
+    """Weights and configuration (`workers.digests`)."""
+    tokenizer_digest: str
+    kv_digest: str
+    """KV layout: dtype, block shape, layers, parallel sizes. Two workers with equal `kv_digest`
+    can hand off to each other."""
+    transports: list[str]
+    """KV transports that it offers, best first; empty for a worker that can't hand off."""
+    block_tokens: int
+    """Tokens in one KV block."""
+    block_bytes: int
+    """Bytes of one KV block over all layers and ranks."""
+    blocks_total: int
+    max_model_len: int
+    """Tokens, prompt and output together."""
+    lease_s: float
+    """How long it keeps a finished prefill's blocks."""
+
+
+class Refused(_Message, frozen=True):
+    """The two can't speak; `reason` names both sides."""
+
+    reason: str
+
+
+class Delta(_Message, frozen=True):
+    """What one engine step brought to one request. The last has `finish`."""
+
+    request_id: str
+    token_ids: list[int]
+    finish: Finish | None = None
+    stop_reason: int | str | None = None
+    extras: bytes | None = None
+    """The engine's own encoding of what accompanies the tokens (logprobs and the like)."""
+    ticket: bytes | None = None
+    """With `Finish.PREFILLED`."""
+    cached_tokens: int | None = None
+    """Prompt tokens not computed for this request because this worker's prefix cache held them.
+    Sent once, with the first delta."""
+    kv_tokens: int = 0
+    """Prompt tokens whose KV was pulled from another worker; with the first delta."""
+    kv_bytes: int = 0
+    """Bytes pulled for them."""
+    kv_s: float = 0.0
+    """Seconds the pull took, connection included."""
+    kv_failed: str | None = None
+    """Why a pull failed. The worker computed the prompt itself and went on."""
+    error: str | None = None
+
+
+class Load(_Message, frozen=True):
+    """What the worker holds at the end of a step."""
+
+    steps: int
+    """Engine steps since the start. Must move while `busy`."""
+    busy: bool
+    """Work is queued or running."""
+    running: int
+    waiting: int
+    prefill_tokens_queued: int
+    """Prompt tokens accepted and not yet computed."""
+    blocks_free: int
+    blocks_total: int
+    leases_open: int
+    """Finished prefills whose blocks are still kept."""
+    draining: bool = False
+
+
+class Batch(_Message, frozen=True):
+    load: Load
+    deltas: list[Delta] = []
+
+
+ToWorker = RouterHello | Generate | Abort | Release | Heartbeat
+ToRouter = WorkerHello | Refused | Batch
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_to_router = msgspec.msgpack.Decoder(ToRouter).decode

@@ -1,0 +1,1 @@
+"""Engines behind the worker contract: vLLM, and a simulated one."""
