@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError, RetryableRequestError, VLLMValidationError
-from vllm.inputs import EngineInput, PromptType
 from vllm.renderers import renderer_from_config
 from vllm.renderers.inputs.preprocess import extract_prompt_components
 from vllm.sampling_params import SamplingParams
@@ -25,9 +24,10 @@ from workers.api import Delta, Finish
 from workers.vllm_codec import decode_extras, encode_request
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable, Mapping
+    from collections.abc import AsyncGenerator, Iterable
 
     from vllm.config import VllmConfig
+    from vllm.inputs import EngineInput, PromptType
     from vllm.outputs import PoolingRequestOutput, RequestOutput
     from vllm.tasks import SupportedTask
 
@@ -277,7 +277,7 @@ def _children(parent: ParentRequest, request: EngineCoreRequest, n: int) -> list
 
 def _ask(request: EngineCoreRequest) -> Ask:
     params = cast(SamplingParams, request.sampling_params)
-    lora: Mapping[str, Any] | Any = request.lora_request
+    lora: Any = request.lora_request
     return Ask(
         request_id=request.request_id,
         prompt_token_ids=cast("list[int]", request.prompt_token_ids),

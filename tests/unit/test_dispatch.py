@@ -1,0 +1,200 @@
+"""The lifecycle and its dispatch, driven by events in every order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.core.errors import NoWorkers, RouterError
+from router.core.placement import Prompt, place
+from router.dispatch import Ask, Dispatch
+from workers.api import (
+    PROTOCOL,
+    SILENCE_S,
+    Abort,
+    Batch,
+    Delta,
+    Finish,
+    Generate,
+    Load,
+    Phase,
+    Release,
+    Role,
+    WorkerHello,
+)
+
+if TYPE_CHECKING:
+    from workers.api import ToWorker
+
+
+def hello(worker_id: str, role: Role, kv: str = "kv", epoch: str = "1") -> WorkerHello:
+    return WorkerHello(
+        PROTOCOL, worker_id, epoch, role, "sim", "1", "m", "md", "td", kv, ["ucx"],
+        block_tokens=16, block_bytes=1024, blocks_total=100, max_model_len=1024, lease_s=30.0,
+    )  # fmt: skip
+
+
+def load(queued: int = 0, *, draining: bool = False) -> Load:
+    return Load(1, False, 0, 0, queued, 100, 100, 0, draining)
+
+
+class Fakes:
+    """A fleet's wires and a client, both as lists."""
+
+    def __init__(self, *workers: WorkerHello) -> None:
+        self.now = 0.0
+        self.sent: list[tuple[str, ToWorker]] = []
+        self.got: dict[str, list[int]] = {}
+        self.failed: dict[str, RouterError] = {}
+        self.dispatch = Dispatch(lambda w, m: self.sent.append((w, m)), self, lambda: self.now)
+        for worker in workers:
+            self.dispatch.on_hello(worker)
+
+    def deliver(self, deltas: list[Delta], prompt_extras: dict[str, bytes]) -> None:
+        for delta in deltas:
+            self.got.setdefault(delta.request_id, []).extend(delta.token_ids)
+
+    def fail(self, request_id: str, error: RouterError) -> None:
+        self.failed[request_id] = error
+
+    def last_generate(self) -> tuple[str, Generate]:
+        return next((w, m) for w, m in reversed(self.sent) if isinstance(m, Generate))
+
+    def say(self, worker: str, *deltas: Delta) -> None:
+        self.dispatch.on_batch(worker, Batch(load(), list(deltas)))
+
+
+def pair() -> Fakes:
+    return Fakes(hello("p", Role.PREFILL), hello("d", Role.DECODE))
+
+
+def test_a_request_is_prefilled_on_one_worker_and_decoded_on_the_other() -> None:
+    f = pair()
+    f.dispatch.submit(Ask("r", [1, 2, 3], 4))
+    worker, message = f.last_generate()
+    assert (worker, message.phase, message.request_id) == ("p", Phase.PREFILL, "r/p")
+    f.say("p", Delta("r/p", [], Finish.PREFILLED, ticket=b"t", extras=b"x"))
+    worker, message = f.last_generate()
+    assert (worker, message.phase, message.ticket) == ("d", Phase.DECODE, b"t")
+    f.say("d", Delta("r", [7, 8]))
+    f.say("d", Delta("r", [9], Finish.STOP))
+    assert f.got == {"r": [7, 8, 9]}
+    assert len(f.dispatch) == 0
+
+
+def test_a_ticket_that_nobody_awaits_is_released() -> None:
+    f = pair()
+    f.dispatch.submit(Ask("r", [1], 4))
+    f.dispatch.cancel(["r"])
+    f.say("p", Delta("r/p", [], Finish.PREFILLED, ticket=b"t"))
+    assert f.sent[-1] == ("p", Release([b"t"]))
+
+
+def test_a_client_that_leaves_is_aborted_where_it_runs() -> None:
+    f = pair()
+    f.dispatch.submit(Ask("r", [1], 4))
+    f.say("p", Delta("r/p", [], Finish.PREFILLED, ticket=b"t"))
+    f.dispatch.cancel(["r"])
+    assert f.sent[-2:] == [("d", Abort(["r"])), ("p", Release([b"t"]))]
+
+
+def test_a_loss_before_the_first_token_is_tried_elsewhere() -> None:
+    f = Fakes(hello("p", Role.PREFILL), hello("d1", Role.DECODE), hello("d2", Role.DECODE))
+    f.dispatch.submit(Ask("r", [1], 4))
+    f.say("p", Delta("r/p", [], Finish.PREFILLED, ticket=b"t"))
+    first, _ = f.last_generate()
+    f.dispatch.on_lost(first, "killed")
+    f.say("p", Delta("r/2/p", [], Finish.PREFILLED, ticket=b"u"))
+    second, message = f.last_generate()
+    assert {first, second} == {"d1", "d2"}
+    assert message.request_id == "r/2"
+    f.say(second, Delta("r/2", [5], Finish.LENGTH))
+    assert f.got == {"r": [5]}
+
+
+def test_a_loss_after_the_first_token_fails_the_stream_clearly() -> None:
+    f = pair()
+    f.dispatch.submit(Ask("r", [1], 4))
+    f.say("p", Delta("r/p", [], Finish.PREFILLED, ticket=b"t"))
+    f.say("d", Delta("r", [5]))
+    f.dispatch.on_lost("d", "killed")
+    assert f.failed["r"].code == "worker_lost"
+    assert len(f.dispatch) == 0
+
+
+def test_a_silent_worker_is_lost() -> None:
+    f = pair()
+    f.now = SILENCE_S + 1
+    f.say("d")
+    f.dispatch.tick()
+    assert [w.id for w in f.dispatch.fleet] == ["d"]
+
+
+def test_nobody_to_serve_is_refused_before_any_work() -> None:
+    f = Fakes(hello("p", Role.PREFILL))
+    with pytest.raises(NoWorkers):
+        f.dispatch.submit(Ask("r", [1], 4))
+    assert f.sent == []
+
+
+def test_workers_of_other_kv_layouts_are_never_paired() -> None:
+    f = Fakes(hello("p", Role.PREFILL, kv="a"), hello("d", Role.DECODE, kv="b"))
+    placement = place(Prompt(10, 10), list(f.dispatch.fleet))
+    assert (placement.prefill, placement.decode) == (None, "d")
+
+
+def test_the_prefill_worker_with_the_fewest_queued_tokens_is_chosen() -> None:
+    f = Fakes(hello("p1", Role.PREFILL), hello("p2", Role.PREFILL), hello("d", Role.DECODE))
+    f.dispatch.on_batch("p1", Batch(load(queued=500)))
+    assert place(Prompt(10, 10), list(f.dispatch.fleet)).prefill == "p2"
+
+
+_EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["prefilled", "token", "finish", "error", "refused", "cancel", "enough"]),
+        st.sampled_from(["p1", "p2", "d1", "d2"]),
+        st.booleans(),
+    ),
+    max_size=30,
+)
+
+
+@given(_EVENTS)
+def test_whatever_happens_every_ticket_is_used_or_released(
+    events: list[tuple[str, str, bool]],
+) -> None:
+    f = Fakes(
+        hello("p1", Role.PREFILL), hello("p2", Role.PREFILL),
+        hello("d1", Role.DECODE), hello("d2", Role.DECODE),
+    )  # fmt: skip
+    f.dispatch.submit(Ask("r", [1, 2], 8))
+    granted: set[bytes] = set()
+    for number, (kind, worker, lose) in enumerate(events):
+        target, last = f.last_generate()
+        wire = last.request_id
+        if lose:
+            f.dispatch.on_lost(worker, "killed")
+            continue
+        match kind:
+            case "prefilled" if last.phase is Phase.PREFILL:
+                granted.add(ticket := b"%d" % number)
+                f.say(target, Delta(wire, [], Finish.PREFILLED, ticket=ticket))
+            case "token" if last.phase is not Phase.PREFILL:
+                f.say(target, Delta(wire, [number]))
+            case "finish" if last.phase is not Phase.PREFILL:
+                f.say(target, Delta(wire, [number], Finish.STOP))
+            case "error" | "refused":
+                f.say(target, Delta(wire, [], Finish(kind), error="no"))
+            case "cancel":
+                f.dispatch.cancel(["r"])
+            case "enough":
+                f.dispatch.enough(["r"])
+    f.dispatch.cancel(["r"])
+    assert len(f.dispatch) == 0
+    released = {t for _, m in f.sent if isinstance(m, Release) for t in m.tickets}
+    given_on = {m.ticket for _, m in f.sent if isinstance(m, Generate) and m.ticket}
+    assert granted <= released | given_on
+    assert all(not w.streams and not w.prefill_tokens_placed for w in f.dispatch.fleet)

@@ -1,0 +1,55 @@
+"""What only vLLM understands, as the opaque bytes of `workers.api`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_EXTRAS = ("new_logprobs", "new_prompt_logprobs_tensors", "routed_experts")
+"""What of an `EngineCoreOutput` goes with its tokens to the client."""
+
+# vLLM's encoder gives several frames (large arrays by themselves); a message here is one.
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(list[bytes]).decode
+
+
+def encode_request(request: EngineCoreRequest) -> bytes:
+    """The request without its prompt's token ids, which travel beside it, readable to all."""
+    tokens, request.prompt_token_ids = request.prompt_token_ids, None
+    try:
+        return _join(MsgpackEncoder().encode(request))
+    finally:
+        request.prompt_token_ids = tokens
+
+
+def decode_request(content: bytes, prompt_token_ids: list[int]) -> EngineCoreRequest:
+    """The request with its token ids again. Raises msgspec.MsgspecError for other bytes."""
+    request = MsgpackDecoder(EngineCoreRequest).decode(_unpack(content))
+    request.prompt_token_ids = prompt_token_ids
+    return cast(EngineCoreRequest, request)
+
+
+def encode_extras(output: EngineCoreOutput) -> bytes | None:
+    """Logprobs and their like; None when there are none."""
+    extras = {name: getattr(output, name) for name in _EXTRAS}
+    if all(value is None for value in extras.values()):
+        return None
+    return _join(MsgpackEncoder().encode(EngineCoreOutput("", [], **extras)))
+
+
+def decode_extras(content: bytes, into: EngineCoreOutput) -> None:
+    """Set on `into` what `encode_extras` found; what it did not find stays as it is."""
+    extras = MsgpackDecoder(EngineCoreOutput).decode(_unpack(content))
+    for name in _EXTRAS:
+        if (value := getattr(extras, name)) is not None:
+            setattr(into, name, value)
+
+
+def _join(frames: Sequence[Any]) -> bytes:
+    return _pack([bytes(frame) for frame in frames])
