@@ -1,0 +1,186 @@
+"""vLLM's engine core, one request a phase, embedded below its `AsyncLLM`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor import Executor
+
+from kvtransfer.releases import ReleaseClient
+from workers.api import Delta, Finish, Load
+from workers.engines.base import EngineDead, EngineFacts
+from workers.engines.vllm_requests import BadRequest, core_request, delta_of, warm_up_request
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    from workers.api import Generate
+    from workers.engines.base import OnStep
+
+log = logging.getLogger(__name__)
+
+_WARM_UP = "tandem-warm-up"
+
+
+class VllmEngine:
+    """Commands go in by one task, in order; each step comes out as one call."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self._config = vllm_config
+        self._commands: asyncio.Queue[Generate | list[str]] = asyncio.Queue()
+        self._releases = ReleaseClient()
+        self._live: dict[str, Generate] = {}
+        self._uncomputed: dict[str, int] = {}
+        """Prompt tokens of requests that have not answered yet."""
+        self._pulled: dict[str, list[Any]] = {}
+        """Pulls that are over, until their request's first delta tells of them."""
+        self._rejected: list[Delta] = []
+        self._rejected_now = asyncio.Event()
+        self._steps = 0
+        self._connector: dict[str, Any] = {}
+        self._stats: SchedulerStats | None = None
+
+    async def start(self) -> EngineFacts:
+        self._core: Any = EngineCoreClient.make_async_mp_client(
+            self._config, Executor.get_class(self._config), log_stats=True
+        )
+        await self._core.add_request_async(warm_up_request(_WARM_UP))
+        done = False
+        while not done:
+            outputs = await self._core.get_output_async()
+            self._count(outputs)
+            done = any(o.finished for o in outputs.outputs)
+        cache = self._config.cache_config
+        transfer = self._config.kv_transfer_config
+        connector = self._connector
+        nixl = transfer is not None and transfer.kv_connector == "NixlConnector"
+        return EngineFacts(
+            engine="vllm",
+            version=vllm.__version__,
+            kv_digest="nixl" if nixl else connector.get("kv_digest", ""),
+            transports=["nixl"] if nixl else [t for t in [connector.get("transport")] if t],
+            block_tokens=cache.block_size,
+            block_bytes=connector.get("block_bytes", 0),
+            blocks_total=self._blocks_total,
+            max_model_len=self._config.model_config.max_model_len,
+        )
+
+    async def run(self, on_step: OnStep) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._send())
+                tasks.create_task(self._tell_rejected(on_step))
+                while True:
+                    outputs = await self._core.get_output_async()
+                    self._count(outputs)
+                    on_step(self.load(), self._deltas(outputs))
+        except* EngineDeadError as dead:
+            raise EngineDead(f"vLLM's engine core died: {dead.exceptions[0]}") from dead
+
+    def submit(self, generate: Generate) -> None:
+        self._live[generate.request_id] = generate
+        self._uncomputed[generate.request_id] = len(generate.prompt_token_ids)
+        self._commands.put_nowait(generate)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        known = [r for r in request_ids if self._live.pop(r, None)]
+        for request_id in known:
+            self._uncomputed.pop(request_id, None)
+        if known:
+            self._commands.put_nowait(known)
+
+    def release(self, tickets: Iterable[bytes]) -> None:
+        for ticket in tickets:
+            self._releases.release(ticket)
+
+    def load(self) -> Load:
+        stats, total = self._stats, self._blocks_total
+        usage = stats.kv_cache_usage if stats else 0.0
+        return Load(
+            steps=self._steps,
+            busy=bool(self._live),
+            running=stats.num_running_reqs if stats else 0,
+            waiting=stats.num_waiting_reqs + stats.num_skipped_waiting_reqs if stats else 0,
+            prefill_tokens_queued=sum(self._uncomputed.values()),
+            blocks_free=round(total * (1 - usage)),
+            blocks_total=total,
+            leases_open=self._connector.get("leases_open", 0),
+        )
+
+    def close(self) -> None:
+        self._core.shutdown()
+        self._releases.close()
+
+    # ------------------------------------------------------------ in
+
+    async def _send(self) -> None:
+        while True:
+            command = await self._commands.get()
+            if isinstance(command, list):
+                await self._core.abort_requests_async(command)
+                continue
+            try:
+                request = core_request(command, self._config)
+            except BadRequest as bad:
+                self._reject(command.request_id, str(bad))
+            else:
+                await self._core.add_request_async(request)
+
+    def _reject(self, request_id: str, reason: str) -> None:
+        if self._live.pop(request_id, None):
+            self._uncomputed.pop(request_id, None)
+            self._rejected.append(Delta(request_id, [], Finish.INVALID, error=reason))
+            self._rejected_now.set()
+
+    async def _tell_rejected(self, on_step: OnStep) -> None:
+        """An idle engine does not step, and the client must not wait for it."""
+        while True:
+            await self._rejected_now.wait()
+            self._rejected_now.clear()
+            rejected, self._rejected = self._rejected, []
+            on_step(self.load(), rejected)
+
+    # ------------------------------------------------------------ out
+
+    @property
+    def _blocks_total(self) -> int:
+        # vLLM keeps one block for itself: the null block.
+        return (self._config.cache_config.num_gpu_blocks or 1) - 1
+
+    def _count(self, outputs: EngineCoreOutputs) -> None:
+        stats = outputs.scheduler_stats
+        if stats is None:
+            return
+        self._steps += 1
+        self._stats = stats
+        if stats.kv_connector_stats:
+            self._connector = {**self._connector, **stats.kv_connector_stats}
+            for pull in stats.kv_connector_stats.get("pulls", []):
+                if pull[0] in self._live:
+                    self._pulled[pull[0]] = pull
+
+    def _deltas(self, outputs: EngineCoreOutputs) -> list[Delta]:
+        deltas = []
+        for output in outputs.outputs:
+            generate = self._live.get(output.request_id)
+            if generate is None:
+                # Aborted meanwhile. A ticket that nobody awaits is given up at once.
+                if ticket := (output.kv_transfer_params or {}).get("tandem_ticket"):
+                    self._releases.release(ticket)
+                continue
+            first = self._uncomputed.pop(output.request_id, None) is not None
+            pulled = self._pulled.pop(output.request_id, None) if first else None
+            delta = delta_of(output, generate.phase, first=first, pulled=pulled)
+            if delta.finish is not None:
+                del self._live[output.request_id]
+            deltas.append(delta)
+        return deltas
