@@ -32,7 +32,7 @@ class EngineDead(Exception):
 
 
 class Engine(Protocol):
-    """Vllm's and the simulated one. All methods but `start` and `run` return at once."""
+    """What drives one model. All methods but `start` and `run` return at once."""
 
     async def start(self) -> EngineFacts:
         """Load, and step once. Raises when it can't."""

@@ -48,10 +48,15 @@ class VllmEngine:
         self._steps = 0
         self._connector: dict[str, Any] = {}
         self._stats: SchedulerStats | None = None
+        self._core: Any = None
 
     async def start(self) -> EngineFacts:
-        self._core: Any = EngineCoreClient.make_async_mp_client(
-            self._config, Executor.get_class(self._config), log_stats=True
+        # It takes as long as the model takes to load, and probes must be answered meanwhile.
+        self._core = await asyncio.to_thread(
+            EngineCoreClient.make_async_mp_client,
+            self._config,
+            Executor.get_class(self._config),
+            log_stats=True,
         )
         await self._core.add_request_async(warm_up_request(_WARM_UP))
         done = False
@@ -117,7 +122,8 @@ class VllmEngine:
         )
 
     def close(self) -> None:
-        self._core.shutdown()
+        if self._core is not None:
+            self._core.shutdown()
         self._releases.close()
 
     # ------------------------------------------------------------ in

@@ -1,0 +1,119 @@
+"""vLLM's OpenAI application over this router's engine, and the router's own few routes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from vllm import AsyncEngineArgs, envs
+from vllm.config import VllmConfig
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from router.engine import Broken, Refusal
+
+if TYPE_CHECKING:
+    import argparse
+
+    from fastapi import FastAPI
+    from starlette.requests import Request
+
+    from router.dispatch import Dispatch
+    from router.engine import DisaggregatedEngine
+    from router.journal import Record
+    from router.link import Links
+
+_TASKS = ("generate",)
+
+
+def front_args(model: str, flags: list[str]) -> argparse.Namespace:
+    """vLLM's own front flags; a bad one ends the process as argparse does."""
+    parser = make_arg_parser(FlexibleArgumentParser(prog="tandem router"))
+    args: argparse.Namespace = parser.parse_args(["--model", model, *flags])
+    if args.lora_modules:
+        parser.error("--lora-modules: adapters are not served yet")
+    args.disable_log_stats = True  # They are the engine's; the router has its own.
+    validate_parsed_serve_args(args)
+    return args
+
+
+def front_config(args: argparse.Namespace) -> VllmConfig:
+    """A configuration without a device: enough to render, tokenize and validate."""
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    model_config = engine_args.create_model_config()
+    # No weights are loaded here, so their kernels need not exist on this machine.
+    model_config.quantization = None
+    envs.VLLM_CPU_KVCACHE_SPACE = 0
+    return VllmConfig(
+        model_config=model_config,
+        logging_config=engine_args.create_logging_config(),
+        structured_outputs_config=engine_args.create_structured_outputs_config(),
+    )
+
+
+async def build_front(
+    engine: DisaggregatedEngine, links: Links, dispatch: Dispatch, args: argparse.Namespace
+) -> FastAPI:
+    """The whole HTTP application."""
+    app: FastAPI = build_app(args, _TASKS, engine.model_config)
+    await init_app_state(engine, app.state, args, _TASKS)
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(Broken, _refused)
+    _add_routes(app, links, dispatch)
+    return app
+
+
+def _refused(_: Request, error: Any) -> Response:
+    cause = error.error
+    content = {"message": str(cause), "type": cause.code, "param": None, "code": cause.code}
+    headers = {"Retry-After": str(cause.retry_after_s)} if cause.retryable else {}
+    return JSONResponse({"error": content}, cause.status, headers)
+
+
+def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch) -> None:
+    async def requests(request: Request) -> Response:
+        found = dispatch.journal.find(request.path_params["name"])
+        if not found:
+            return JSONResponse({"error": {"message": "no such request, or too long ago"}}, 404)
+        return JSONResponse([_record(r, dispatch) for r in found])
+
+    async def workers(_: Request) -> Response:
+        return JSONResponse(
+            {
+                "workers": [
+                    {"hello": msgspec.to_builtins(w.hello), "load": msgspec.to_builtins(w.load)}
+                    for w in dispatch.fleet
+                ],
+                "refused": {link.address: link.refused for link in links if link.refused},
+            }
+        )
+
+    async def readyz(_: Request) -> Response:
+        engine_error = _not_ready(dispatch)
+        return PlainTextResponse(engine_error or "ok", 503 if engine_error else 200)
+
+    app.add_route("/tandem/requests/{name}", requests)
+    app.add_route("/tandem/workers", workers)
+    app.add_route("/readyz", readyz)
+
+
+def _not_ready(dispatch: Dispatch) -> str | None:
+    from router.core.errors import RouterError
+
+    try:
+        dispatch.check()
+    except RouterError as error:
+        return str(error)
+    return None
+
+
+def _record(record: Record, dispatch: Dispatch) -> dict[str, Any]:
+    content: dict[str, Any] = msgspec.to_builtins(record)
+    content["ttft_s"] = record.ttft_s
+    if worker := dispatch.fleet.get(record.decode_worker or ""):
+        content["block_bytes"] = worker.hello.block_bytes
+        content["block_tokens"] = worker.hello.block_tokens
+    return content

@@ -1,0 +1,45 @@
+"""What the router counts, in the process's default registry beside the front's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import Counter, Histogram
+
+if TYPE_CHECKING:
+    from router.journal import Record
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_GAPS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 5)
+
+
+class Metrics:
+    """The journal's observer. One a process."""
+
+    def __init__(self) -> None:
+        self._ended = Counter(
+            "tandem_router_requests_ended_total", "Requests ended", ["outcome", "error"]
+        )
+        self._retries = Counter("tandem_router_retries_total", "Attempts beyond the first")
+        self._prompt = Counter("tandem_router_prompt_tokens_total", "Prompt tokens served")
+        self._output = Counter("tandem_router_output_tokens_total", "Tokens streamed")
+        self._kv_bytes = Counter("tandem_router_kv_bytes_total", "KV bytes handed off")
+        self._kv_failed = Counter("tandem_router_kv_failed_total", "Handoffs that failed")
+        self._ttft = Histogram(
+            "tandem_router_ttft_seconds", "Time to first token", buckets=_SECONDS
+        )
+        self._gap = Histogram("tandem_router_itl_seconds", "Time between tokens", buckets=_GAPS)
+
+    def token_gap(self, seconds: float) -> None:
+        self._gap.observe(seconds)
+
+    def ended(self, record: Record) -> None:
+        self._ended.labels(record.outcome, record.error_code or "").inc()
+        self._retries.inc(max(0, record.attempts - 1))
+        self._prompt.inc(record.prompt_tokens)
+        self._output.inc(record.output_tokens)
+        self._kv_bytes.inc(record.kv_bytes)
+        if record.kv_failed is not None:
+            self._kv_failed.inc()
+        if record.ttft_s is not None:
+            self._ttft.observe(record.ttft_s)

@@ -1,0 +1,90 @@
+"""The worker's end of the token channel: one ROUTER socket for every router."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Final, Protocol
+
+import msgspec
+import zmq
+
+from workers.api import decode_to_worker, encode
+
+if TYPE_CHECKING:
+    from workers.api import ToRouter, ToWorker
+
+log = logging.getLogger(__name__)
+
+RECEIVE_MAX: Final = 64
+QUEUE_MAX: Final = 10_000
+"""Messages to one router that may wait; one that takes no more is gone."""
+
+
+class Listener(Protocol):
+    """Told of what routers send."""
+
+    def on_message(self, router: bytes, message: ToWorker) -> None: ...
+
+
+class Channel:
+    """Frames in and out; who may say what is the listener's business."""
+
+    def __init__(self, host: str, port: int, listener: Listener) -> None:
+        """Bind. Raises zmq.ZMQError when the address is taken."""
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 200)
+        # Without it, messages to a router beyond the high-water mark vanish silently.
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
+        self._socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
+        try:
+            self._socket.bind(f"tcp://{host}:{port or '*'}")
+        except zmq.ZMQError:
+            self._socket.close(linger=0)
+            raise
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.malformed_total = 0
+        self._loop.add_reader(self._descriptor, self._receive)
+
+    def send(self, router: bytes, message: ToRouter) -> bool:
+        """False when the router is gone or takes no more."""
+        try:
+            self._socket.send_multipart([router, encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        # The descriptor tells of edges only, and sending may have consumed one.
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._receive)
+        return True
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._descriptor)
+        self._socket.close()
+        self._context.term()
+
+    @property
+    def _descriptor(self) -> int:
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def _receive(self) -> None:
+        if self._socket.closed:
+            return
+        for _ in range(RECEIVE_MAX):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = decode_to_worker(frames[-1])
+            except msgspec.MsgspecError as error:
+                self.malformed_total += 1
+                log.warning("malformed message", extra={"error": str(error)})
+                continue
+            self._listener.on_message(frames[0], message)
+        self._loop.call_soon(self._receive)

@@ -1,0 +1,68 @@
+"""vLLM's configuration for one worker, from its own flags and ours."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllm.config import KVTransferConfig, VllmConfig
+
+    from workers.server import Identity
+
+_KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "mixed": "kv_both"}
+
+
+def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) -> VllmConfig:
+    """Parse the flags left over as vLLM's own; a bad one ends the process as argparse does."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="tandem worker"))
+    # vLLM's default policy ignores priorities without a word.
+    parser.set_defaults(model=args.model, scheduling_policy="priority")
+    engine_args = AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", args.model, *flags]))
+    if engine_args.data_parallel_size > 1:
+        parser.error("--data-parallel-size: start one worker for each engine instead")
+    if args.kv_connector != "none":
+        engine_args.kv_transfer_config = _transfer(args, identity)
+    elif args.role != "mixed":
+        parser.error("--kv-connector none: only a mixed worker can do without a handoff")
+    return engine_args.create_engine_config()
+
+
+def _transfer(args: argparse.Namespace, identity: Identity) -> KVTransferConfig:
+    from vllm.config import KVTransferConfig
+
+    if args.kv_connector == "nixl":
+        os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", args.host)
+        os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_PORT", str(_free_port(args.host)))
+        return KVTransferConfig(
+            kv_connector="NixlConnector",
+            kv_role="kv_both",
+            kv_buffer_device="cpu",
+            kv_load_failure_policy="recompute",
+        )
+    extra: dict[str, Any] = {
+        "host": args.host,
+        "epoch": identity.epoch,
+        "model_digest": identity.model_digest,
+        "lease_s": args.lease_s,
+    }
+    return KVTransferConfig(
+        kv_connector="TandemConnector",
+        kv_connector_module_path="kvtransfer.vllm_connector",
+        kv_role=_KV_ROLES[args.role],
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config=extra,
+    )
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port

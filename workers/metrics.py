@@ -1,0 +1,70 @@
+"""What a worker counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from workers.api import Finish
+
+if TYPE_CHECKING:
+    from workers.api import Delta, Load, Phase
+
+
+class Metrics:
+    """In a registry of their own: vLLM fills the default one in this process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "tandem_worker_requests_total", "Requests taken on", ["phase"], registry=registry
+        )
+        self._ended = Counter(
+            "tandem_worker_requests_ended_total", "Requests ended", ["finish"], registry=registry
+        )
+        self._tokens = Counter(
+            "tandem_worker_output_tokens_total", "Tokens generated", registry=registry
+        )
+        self._kv_bytes = Counter(
+            "tandem_worker_kv_pulled_bytes_total", "KV bytes pulled", registry=registry
+        )
+        self._kv_seconds = Histogram(
+            "tandem_worker_kv_pull_seconds", "Time of one pull", registry=registry,
+            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
+        )  # fmt: skip
+        self._kv_failed = Counter(
+            "tandem_worker_kv_pulls_failed_total", "Pulls that failed", registry=registry
+        )
+        self._load = {
+            "steps": Gauge("tandem_worker_steps", "Engine steps", registry=registry),
+            "blocks_free": Gauge("tandem_worker_blocks_free", "Free blocks", registry=registry),
+            "blocks_total": Gauge("tandem_worker_blocks_total", "KV blocks", registry=registry),
+            "leases_open": Gauge("tandem_worker_leases_open", "Open leases", registry=registry),
+            "prefill_tokens_queued": Gauge(
+                "tandem_worker_prefill_tokens_queued", "Uncomputed tokens", registry=registry
+            ),
+            # The names that the Gateway API inference extension scrapes.
+            "running": Gauge("vllm:num_requests_running", "Running", registry=registry),
+            "waiting": Gauge("vllm:num_requests_waiting", "Waiting", registry=registry),
+        }
+        self._usage = Gauge("vllm:kv_cache_usage_perc", "KV cache usage, 0-1", registry=registry)
+
+    def accepted(self, phase: Phase) -> None:
+        self._requests.labels(phase.value).inc()
+
+    def stepped(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            self._tokens.inc(len(delta.token_ids))
+            if delta.finish is not None:
+                self._ended.labels(Finish(delta.finish).value).inc()
+            if delta.kv_bytes:
+                self._kv_bytes.inc(delta.kv_bytes)
+                self._kv_seconds.observe(delta.kv_s)
+            if delta.kv_failed is not None:
+                self._kv_failed.inc()
+
+    def set_load(self, load: Load) -> None:
+        for name, gauge in self._load.items():
+            gauge.set(getattr(load, name))
+        self._usage.set(1 - load.blocks_free / max(1, load.blocks_total))

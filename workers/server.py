@@ -1,0 +1,251 @@
+"""One worker: an engine, its routers, and who owns which request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from workers.api import (
+    ACCEPTS,
+    LOAD_INTERVAL_S,
+    PROTOCOL,
+    SILENCE_S,
+    Abort,
+    Batch,
+    Delta,
+    Finish,
+    Generate,
+    Load,
+    Refused,
+    Release,
+    Role,
+    RouterHello,
+    WorkerHello,
+)
+
+if TYPE_CHECKING:
+    from workers.api import ToWorker
+    from workers.channel import Channel
+    from workers.engines.base import Engine, EngineFacts
+    from workers.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+STALL_S: Final = 60.0
+"""Busy without a step for this long is dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What of `WorkerHello` the engine does not know."""
+
+    worker_id: str
+    epoch: str
+    role: Role
+    model: str
+    model_digest: str
+    tokenizer_digest: str
+    lease_s: float
+
+
+@dataclass(slots=True)
+class _Router:
+    name: str
+    heard_at: float
+    told_at: float = 0.0
+    requests: set[str] = field(default_factory=set)
+
+
+class Worker:
+    """Between the channel and the engine. All on one event loop."""
+
+    def __init__(self, engine: Engine, identity: Identity, metrics: Metrics) -> None:
+        self._engine = engine
+        self._identity = identity
+        self._metrics = metrics
+        self._channel: Channel | None = None
+        self._hello: WorkerHello | None = None
+        self._routers: dict[bytes, _Router] = {}
+        self._owners: dict[str, bytes] = {}
+        self._draining = False
+        self._steps = 0
+        self._stepped_at = time.monotonic()
+
+    def attach(self, channel: Channel) -> None:
+        """Give the worker its way out. The two need each other, so this comes second."""
+        self._channel = channel
+
+    # ------------------------------------------------------------ health
+
+    @property
+    def ready(self) -> str | None:
+        """Why it is not ready; None when it is."""
+        if self._draining:
+            return "draining"
+        return None if self._hello else "the engine is loading"
+
+    @property
+    def live(self) -> str | None:
+        """Why it should be replaced; None when it is well."""
+        stalled = time.monotonic() - self._stepped_at
+        if self._owners and stalled > STALL_S:
+            return f"busy but not stepping for {stalled:.0f} s"
+        return None
+
+    @property
+    def load(self) -> Load:
+        return msgspec.structs.replace(self._engine.load(), draining=self._draining)
+
+    # ------------------------------------------------------------ life
+
+    async def run(self) -> None:
+        """Load the engine and serve until cancelled. Raises `EngineDead`."""
+        facts = await self._engine.start()
+        self._hello = self._make_hello(facts)
+        log.info("ready", extra={"worker": self._identity.worker_id, "kv": facts.kv_digest})
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._engine.run(self._on_step))
+            tasks.create_task(self._tick())
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing more; return when nothing runs and no lease is open, or time is over.
+
+        What still runs then is handed back: its routers try it elsewhere.
+        """
+        self._draining = True
+        until = time.monotonic() + seconds
+        # Polled: leases end in another process, which tells of it only by its steps.
+        while (self._owners or self.load.leases_open) and time.monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        left = list(self._owners)
+        self._engine.abort(left)
+        deltas = [Delta(r, [], Finish.ERROR, error="the worker is shutting down") for r in left]
+        self._on_step(self.load, deltas)
+
+    def _make_hello(self, facts: EngineFacts) -> WorkerHello:
+        me = self._identity
+        return WorkerHello(
+            protocol=PROTOCOL, worker_id=me.worker_id, epoch=me.epoch, role=me.role,
+            engine=facts.engine, engine_version=facts.version, model=me.model,
+            model_digest=me.model_digest, tokenizer_digest=me.tokenizer_digest,
+            kv_digest=facts.kv_digest, transports=facts.transports,
+            block_tokens=facts.block_tokens, block_bytes=facts.block_bytes,
+            blocks_total=facts.blocks_total, max_model_len=facts.max_model_len,
+            lease_s=me.lease_s,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ from routers
+
+    def on_message(self, router: bytes, message: ToWorker) -> None:
+        if isinstance(message, RouterHello):
+            self._greet(router, message)
+            return
+        known = self._routers.get(router)
+        if known is None:
+            return  # It never said hello, or was given up: it will say hello again.
+        known.heard_at = time.monotonic()
+        match message:
+            case Generate():
+                self._generate(router, known, message)
+            case Abort(request_ids):
+                mine = [r for r in request_ids if self._owners.get(r) == router]
+                self._drop(known, mine)
+            case Release(tickets):
+                self._engine.release(tickets)
+
+    def _greet(self, router: bytes, hello: RouterHello) -> None:
+        if self._hello is None:
+            return  # Silence means: not ready. The router asks again.
+        me = self._identity
+        pairs = [
+            ("protocol", hello.protocol, PROTOCOL),
+            ("model digest", hello.model_digest, me.model_digest),
+            ("tokenizer digest", hello.tokenizer_digest, me.tokenizer_digest),
+        ]
+        for what, theirs, ours in pairs:
+            if theirs is not None and theirs != ours:
+                reason = (
+                    f"{what} differs: router {hello.router_id} has {theirs}, "
+                    f"worker {me.worker_id} ({me.model}) has {ours}"
+                )
+                self._send(router, Refused(reason))
+                return
+        self._routers.setdefault(router, _Router(hello.router_id, time.monotonic()))
+        self._send(router, self._hello)
+        self._send(router, Batch(self.load))
+
+    def _generate(self, router: bytes, known: _Router, generate: Generate) -> None:
+        request_id = generate.request_id
+        refusal = None
+        if self._draining:
+            refusal = "the worker is draining"
+        elif generate.phase not in ACCEPTS[self._identity.role]:
+            refusal = f"a {self._identity.role} worker takes no {generate.phase} phase"
+        elif request_id in self._owners:
+            refusal = f"request id {request_id} is in use"
+        if refusal:
+            delta = Delta(request_id, [], Finish.REFUSED, error=refusal)
+            self._send(router, Batch(self.load, [delta]))
+            return
+        self._owners[request_id] = router
+        known.requests.add(request_id)
+        self._metrics.accepted(generate.phase)
+        self._engine.submit(generate)
+
+    def _drop(self, router: _Router, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._owners.pop(request_id, None)
+            router.requests.discard(request_id)
+        self._engine.abort(request_ids)
+
+    # ------------------------------------------------------------ to routers
+
+    def _on_step(self, load: Load, deltas: list[Delta]) -> None:
+        if load.steps != self._steps:
+            self._steps, self._stepped_at = load.steps, time.monotonic()
+        by_router: dict[bytes, list[Delta]] = {}
+        for delta in deltas:
+            owner = self._owners.get(delta.request_id)
+            if owner is None:
+                if delta.ticket is not None:
+                    self._engine.release([delta.ticket])
+                continue
+            by_router.setdefault(owner, []).append(delta)
+            if delta.finish is not None:
+                del self._owners[delta.request_id]
+                self._routers[owner].requests.discard(delta.request_id)
+        self._metrics.stepped(deltas)
+        if by_router:
+            load = msgspec.structs.replace(load, draining=self._draining)
+            for router, batch in by_router.items():
+                self._send(router, Batch(load, batch))
+
+    def _send(self, router: bytes, message: Batch | WorkerHello | Refused) -> None:
+        assert self._channel is not None
+        sent = self._channel.send(router, message)
+        if known := self._routers.get(router):
+            known.told_at = time.monotonic()
+            if not sent:
+                self._forget(router, "takes no more messages")
+
+    def _forget(self, router: bytes, reason: str) -> None:
+        known = self._routers.pop(router)
+        log.warning("router gone", extra={"router": known.name, "reason": reason})
+        self._drop(known, list(known.requests))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(LOAD_INTERVAL_S / 2)
+            now = time.monotonic()
+            if not self._owners:
+                self._stepped_at = now
+            for router, known in list(self._routers.items()):
+                if now - known.heard_at > SILENCE_S:
+                    self._forget(router, f"silent for {now - known.heard_at:.1f} s")
+                elif now - known.told_at >= LOAD_INTERVAL_S:
+                    self._send(router, Batch(self.load))
