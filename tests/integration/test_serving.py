@@ -1,0 +1,188 @@
+"""The whole path over real engines: right tokens, nothing kept, clear errors."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+if TYPE_CHECKING:
+    from deploy.local.group import LocalGroup
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
+
+MODEL = "smollm2-135m"
+BLOCK = 128
+LENGTHS = [1, 2, 5, 17, 64, 100, 126, 127, 128, 129, 130, 200, 255, 256, 257, 300, 383, 384, 385,
+           450, 512, 513, 640, 700, 768, 900, 1023, 1024, 1025, 1200, 1300, 1500]  # fmt: skip
+
+
+def complete(url: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{url}/v1/completions", json={"model": MODEL, **body}, timeout=120)
+
+
+def blocks(group: LocalGroup) -> dict[str, tuple[int, int, int]]:
+    """By worker: free and total blocks, and open leases."""
+    found = {}
+    for worker in group.workers:
+        values = {}
+        for line in httpx.get(f"{worker.http}/metrics", timeout=10).text.splitlines():
+            if line.startswith("tandem_worker_"):
+                name, value = line.rsplit(" ", 1)
+                values[name.removeprefix("tandem_worker_")] = int(float(value))
+        found[worker.name] = (
+            values["blocks_free"], values["blocks_total"], values["leases_open"],
+        )  # fmt: skip
+    return found
+
+
+def await_free(group: LocalGroup, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        now = blocks(group)
+        if all(free == total and not leases for free, total, leases in now.values()):
+            return
+        assert time.monotonic() < until, now
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_tokens_are_those_of_one_engine(group: LocalGroup, aggregated: str, length: int) -> None:
+    rng = random.Random(length)
+    body = {
+        "prompt": [rng.randrange(20, 40_000) for _ in range(length)],
+        "max_tokens": 12,
+        "logprobs": 3,
+        "return_token_ids": True,
+        "cache_salt": f"{length}",
+        "ignore_eos": True,
+    }
+    seeded = {"temperature": 0.9, "seed": length} if length % 2 else {"temperature": 0}
+    ours = complete(group.url, **body, **seeded)
+    theirs = complete(aggregated, **body, **seeded)
+    assert ours.status_code == theirs.status_code == 200, ours.text
+    mine, other = ours.json()["choices"][0], theirs.json()["choices"][0]
+    assert mine["token_ids"] == other["token_ids"]
+    assert mine["text"] == other["text"]
+    assert mine["logprobs"]["token_logprobs"] == pytest.approx(
+        other["logprobs"]["token_logprobs"], abs=1e-4
+    )
+    record = httpx.get(f"{group.url}/tandem/requests/{ours.json()['id']}").json()[0]
+    assert (record["prefill_worker"], record["decode_worker"]) == ("prefill-0", "decode-0")
+    assert record["kv_failed"] is None
+    assert record["kv_bytes"] == -(-length // BLOCK) * record["block_bytes"]
+
+
+def test_clients_that_leave_at_any_moment_leave_no_block_behind(group: LocalGroup) -> None:
+    rng = random.Random(7)
+    for number in range(20):
+        body = {
+            "model": MODEL, "prompt": [rng.randrange(20, 40_000) for _ in range(300)],
+            "max_tokens": 200, "stream": True, "ignore_eos": True, "cache_salt": f"cut-{number}",
+        }  # fmt: skip
+        try:
+            with httpx.stream(
+                "POST", f"{group.url}/v1/completions", json=body,
+                timeout=httpx.Timeout(10, read=rng.choice([0.01, 0.05, 0.2, 0.5, 5])),
+            ) as response:  # fmt: skip
+                for count, _ in enumerate(response.iter_lines()):
+                    if count > rng.randrange(10):
+                        break
+        except httpx.ReadTimeout:
+            pass
+    await_free(group, 35)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": "x", "max_tokens": 5000}, "max_tokens"),
+        ({"prompt": [1] * 3000, "max_tokens": 5}, "input tokens"),
+        ({"prompt": "x", "temperature": -1}, "temperature"),
+        ({"prompt": [49_999_999], "max_tokens": 5}, "vocab"),
+        ({"prompt": "x", "n": 0}, "n"),
+        ({"prompt": "x", "kv_transfer_params": {"tandem_produce": True}}, "kv_transfer_params"),
+    ],
+)
+def test_bad_input_gets_a_400_that_names_it(
+    group: LocalGroup, body: dict[str, Any], field: str
+) -> None:
+    answer = complete(group.url, **body)
+    assert answer.status_code == 400, answer.text
+    assert field in answer.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n": 2, "temperature": 0.8, "seed": 3},
+        {"logprobs": True, "top_logprobs": 2},
+        {"stop": ["Paris"]},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.3},
+        {"extra_body": {"min_tokens": 20, "cache_salt": "s", "priority": -1}},
+        {"extra_body": {"prompt_logprobs": 2}},
+        {"response_format": {"type": "json_schema", "json_schema": {
+            "name": "a", "schema": {"type": "object", "properties": {"city": {
+                "type": "string", "maxLength": 20}}, "required": ["city"],
+                "additionalProperties": False}}}},
+    ],
+)  # fmt: skip
+def test_the_official_client_through_each_feature(
+    group: LocalGroup, options: dict[str, Any]
+) -> None:
+    import openai
+
+    with openai.OpenAI(base_url=f"{group.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            max_tokens=40,
+            **{"temperature": 0, **options},
+        )
+    assert len(answer.choices) == options.get("n", 1)
+    text = answer.choices[0].message.content or ""
+    extra = options.get("extra_body", {})
+    if "stop" in options:
+        assert text == "The capital of France is "
+    if "response_format" in options:
+        assert set(json.loads(text)) == {"city"}
+    if "logprobs" in options:
+        assert answer.choices[0].logprobs is not None
+        assert len(answer.choices[0].logprobs.content or []) == answer.usage.completion_tokens
+    if "min_tokens" in extra:
+        assert answer.usage.completion_tokens >= 20
+    if "prompt_logprobs" in extra:
+        assert len(answer.prompt_logprobs) == answer.usage.prompt_tokens
+
+
+def test_a_killed_decode_worker_ends_the_stream_with_an_error_and_its_successor_serves(
+    group: LocalGroup,
+) -> None:
+    body = {
+        "model": MODEL, "prompt": "Once upon a time", "max_tokens": 1000,
+        "stream": True, "ignore_eos": True,
+    }  # fmt: skip
+    events = []
+    with httpx.stream("POST", f"{group.url}/v1/completions", json=body, timeout=60) as response:
+        for line in response.iter_lines():
+            if line:
+                events.append(line.removeprefix("data: "))
+            if len(events) == 5:
+                group.kill("decode-0")
+    errors = [json.loads(e)["error"] for e in events if e.startswith('{"error"')]
+    assert len(errors) == 1, events[-3:]
+    assert "decode-0" in errors[0]["message"]
+    refused = complete(group.url, prompt="x", max_tokens=2)
+    assert refused.status_code == 503
+    assert int(refused.headers["Retry-After"]) >= 1
+    group.restart("decode-0")
+    until = time.monotonic() + 15
+    while (answer := complete(group.url, prompt="x", max_tokens=2)).status_code != 200:
+        assert answer.status_code == 503, answer.text
+        assert time.monotonic() < until
+        time.sleep(0.3)
+    await_free(group, 35)
