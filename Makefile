@@ -67,14 +67,6 @@ test: model  ## every test, real engines included, in tiers (TIERS="unit contrac
 check: setup  ## ruff, formatting, mypy --strict, import arrows, house rules
 	@BIN=$(BIN) .ci/check
 
-.PHONY: bench
-bench: model  ## aggregated against disaggregated, and the router's own cost, side by side
-	@$(BIN)/python -m loadtests.bench
-
-.PHONY: loadtest
-loadtest: model  ## chat for a minute against `tandem up`; HTML report under reports/
-	@$(BIN)/python -m loadtests.run
-
 .PHONY: lock
 lock:  ## write the lock files anew (needs uv; UPGRADE=1 for the newest)
 	@UPGRADE=$(UPGRADE) requirements/lock.sh

@@ -28,9 +28,11 @@ class SimEngine:
         self._handoffs = handoffs or Handoffs()
         self._model = SimModel(settings, epoch, self._handoffs)
         self._work = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> EngineFacts:
         s = self._settings
+        self._loop = asyncio.get_running_loop()
         self._handoffs.join(self._epoch, s.lease_s)
         return EngineFacts(
             engine="sim",
@@ -47,8 +49,8 @@ class SimEngine:
         while True:
             await self._work.wait()
             # With zero seconds it still lets everything else have a turn.
-            await asyncio.sleep(self._model.begin(_now()))
-            deltas = self._model.finish(_now())
+            await asyncio.sleep(self._model.begin(self._now()))
+            deltas = self._model.finish(self._now())
             if not self._model.busy:
                 self._work.clear()
             on_step(self.load(), deltas)
@@ -61,13 +63,16 @@ class SimEngine:
         self._model.abort(request_ids)
 
     def release(self, tickets: Iterable[bytes]) -> None:
-        self._model.release(tickets, _now())
+        self._model.release(tickets, self._now())
 
     def load(self) -> Load:
-        return self._model.load(_now())
+        return self._model.load(self._now())
 
     def close(self) -> None:
         self._handoffs.leave(self._epoch)
+
+    def _now(self) -> float:
+        return 0.0 if self._loop is None else self._loop.time()
 
 
 def sim_settings(flags: list[str], lease_s: float = 30.0) -> SimSettings:
@@ -102,7 +107,3 @@ def _positive(text: str) -> float:
     if number <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above zero")
     return number
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
