@@ -108,11 +108,11 @@ class Journal:
         """Records whose request id or client's name is `name`, oldest first.
 
         The front prefixes the client's own `X-Request-Id` (`chatcmpl-…`), so a name's ending
-        after a dash matches too.
+        after a dash matches too, and numbers the prompts of one (`cmpl-…-0`).
         """
-        ends = f"-{name}"
+        ends, begins = f"-{name}", f"{name}-"
         return [
             r
             for r in self._records.values()
-            if name in (r.request_id, r.name) or r.name.endswith(ends)
+            if name in (r.request_id, r.name) or r.name.endswith(ends) or r.name.startswith(begins)
         ]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MODEL = "smollm2-135m"
-FLAGS = ["--max-model-len", "2048", "--dtype", "float32"]
+FLAGS = ["--max-model-len", "2048", "--dtype", "float32", "--enforce-eager"]
 
 
 @pytest.fixture(scope="session")
