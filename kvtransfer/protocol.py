@@ -15,6 +15,9 @@ import msgspec
 
 VERSION = 1
 
+MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError)
+"""What decoding a peer's bytes may raise: msgspec lets bad UTF-8 through as Python's own error."""
+
 
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
     """Whose KV this is and where it is. Single use; worthless once its lease has ended.

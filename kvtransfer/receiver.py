@@ -12,6 +12,7 @@ import msgspec
 import zmq
 
 from kvtransfer.protocol import (
+    MALFORMED,
     VERSION,
     Gone,
     Held,
@@ -160,7 +161,7 @@ class Receiver:
                 message = _decode(sender.socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
-            except msgspec.MsgspecError as error:
+            except MALFORMED as error:
                 raise _Broken(f"the sender's answer is not readable: {error}") from None
             if isinstance(message, Opened):
                 self._opened(sender, message)

@@ -14,6 +14,7 @@ import zmq
 
 from kvtransfer.core.lease import Leases
 from kvtransfer.protocol import (
+    MALFORMED,
     VERSION,
     Gone,
     Held,
@@ -100,7 +101,7 @@ class LeaseServer:
                 continue
             try:
                 message = _decode(frames[1])
-            except msgspec.MsgspecError as error:
+            except MALFORMED as error:
                 log.warning("malformed control frame", extra={"error": str(error)})
                 continue
             self._socket.send_multipart([frames[0], _encode(self._answer(message))])

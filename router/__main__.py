@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
-import os
 import signal
 import socket
 import sys
 import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -22,6 +20,7 @@ from router.dispatch import Dispatch
 from router.journal import Journal
 from router.link import Links
 from router.metrics import Metrics
+from workers.addresses import write_addresses
 from workers.digests import model_digest, tokenizer_digest
 from workers.models import ModelMissing, resolve_model
 
@@ -103,7 +102,7 @@ async def _serve(
     app.state.server = server
     if args.address_file:
         http = f"http://{args.host}:{listener.getsockname()[1]}"
-        _write_whole(args.address_file, {"pid": os.getpid(), "channel": None, "http": http})
+        write_addresses(args.address_file, channel=None, http=http)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.leave)
@@ -119,12 +118,6 @@ class _Server(uvicorn.Server):
         """Finish what streams, for a while; the second time, at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
-
-
-def _write_whole(file: Path, content: dict[str, Any]) -> None:
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    part.replace(file)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from router.core.errors import RouterError
 from router.engine import Broken, Refusal
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ async def build_front(
     await init_app_state(engine, app.state, args, _TASKS)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(Broken, _refused)
+    # `build_app` has built the stack already, with the handlers of then; the next request builds
+    # it again.
+    app.middleware_stack = None
     _add_routes(app, links, dispatch)
     return app
 
@@ -92,8 +96,8 @@ def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch) -> None:
         )
 
     async def readyz(_: Request) -> Response:
-        engine_error = _not_ready(dispatch)
-        return PlainTextResponse(engine_error or "ok", 503 if engine_error else 200)
+        trouble = _not_ready(dispatch)
+        return PlainTextResponse(trouble or "ok", 503 if trouble else 200)
 
     app.add_route("/tandem/requests/{name}", requests)
     app.add_route("/tandem/workers", workers)
@@ -101,8 +105,6 @@ def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch) -> None:
 
 
 def _not_ready(dispatch: Dispatch) -> str | None:
-    from router.core.errors import RouterError
-
     try:
         dispatch.check()
     except RouterError as error:

@@ -7,12 +7,12 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import msgspec
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from router.core.compat import RouterFacts, refusal
 from workers.api import (
+    MALFORMED,
     PROTOCOL,
     Batch,
     Heartbeat,
@@ -132,7 +132,7 @@ class Link:
     def _take(self, frame: bytes) -> None:
         try:
             message = decode_to_router(frame)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             self._links.malformed(self.address, str(error))
             return
         match message:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -12,10 +11,11 @@ import socket
 import sys
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import zmq
 
+from workers.addresses import write_addresses
 from workers.api import Role
 from workers.channel import Channel
 from workers.digests import model_digest, tokenizer_digest
@@ -23,6 +23,7 @@ from workers.engines.base import EngineDead
 from workers.http import HttpSide
 from workers.metrics import Metrics
 from workers.models import ModelMissing, resolve_model
+from workers.orphans import guard
 from workers.server import Identity, Worker
 
 if TYPE_CHECKING:
@@ -49,14 +50,26 @@ def main(argv: list[str]) -> int:
     except ModelMissing as error:
         print(f"tandem worker: {error}", file=sys.stderr)
         return 1
-    engine = _engine(args, identity, engine_flags)
+    guard()
+    try:
+        engine = _engine(args, identity, engine_flags)
+    except ValueError as error:  # pydantic's and vLLM's own are ValueErrors too.
+        print(f"tandem worker: {error}", file=sys.stderr)
+        return 1
     status = 0
     try:
         asyncio.run(_serve(args, identity, engine))
     except* (OSError, zmq.ZMQError, EngineDead) as group:
-        print(f"tandem worker: {group.exceptions[0]}", file=sys.stderr)
+        print(f"tandem worker: {_first(group)}", file=sys.stderr)
         status = 1
     return status
+
+
+def _first(error: BaseException) -> BaseException:
+    """Task groups nest: the group's own words say nothing."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,8 +106,7 @@ async def _serve(args: argparse.Namespace, identity: Identity, engine: Engine) -
     worker.attach(channel)
     http = HttpSide(args.host, args.http_port, worker, metrics)
     if args.address_file:
-        addresses = {"pid": os.getpid(), "channel": channel.address, "http": http.address}
-        _write_whole(args.address_file, addresses)
+        write_addresses(args.address_file, channel=channel.address, http=http.address)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -122,12 +134,6 @@ async def _until_stopped(
         again.cancel()
     for task in running:
         task.cancel()
-
-
-def _write_whole(file: Path, content: dict[str, Any]) -> None:
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    part.replace(file)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ from enum import StrEnum
 
 import msgspec
 
+from kvtransfer import protocol as kv
+
 PROTOCOL = 1
+MALFORMED = kv.MALFORMED
 LOAD_INTERVAL_S = 0.5
 SILENCE_S = 5.0
 

@@ -6,10 +6,9 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final, Protocol
 
-import msgspec
 import zmq
 
-from workers.api import decode_to_worker, encode
+from workers.api import MALFORMED, decode_to_worker, encode
 
 if TYPE_CHECKING:
     from workers.api import ToRouter, ToWorker
@@ -82,7 +81,7 @@ class Channel:
                 return
             try:
                 message = decode_to_worker(frames[-1])
-            except msgspec.MsgspecError as error:
+            except MALFORMED as error:
                 self.malformed_total += 1
                 log.warning("malformed message", extra={"error": str(error)})
                 continue

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from workers.server import Worker
 
 
-class _Server(uvicorn.Server):
-    def install_signal_handlers(self) -> None:
-        """None: the process's own decide when everything ends."""
-
-
 class HttpSide:
     """Bound at once, so that probes and address files work while the engine loads."""
 
@@ -39,9 +34,10 @@ class HttpSide:
                 Route("/metrics", self._scrape),
             ]
         )
-        self._server = _Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
 
     async def run(self) -> None:
+        # Not `serve`, which takes the signals: the process's own decide when everything ends.
         await self._server._serve([self._socket])
 
     async def _livez(self, _: Request) -> Response:

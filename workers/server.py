@@ -212,8 +212,6 @@ class Worker:
         for delta in deltas:
             owner = self._owners.get(delta.request_id)
             if owner is None:
-                if delta.ticket is not None:
-                    self._engine.release([delta.ticket])
                 continue
             by_router.setdefault(owner, []).append(delta)
             if delta.finish is not None:

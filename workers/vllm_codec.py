@@ -19,6 +19,10 @@ _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(list[bytes]).decode
 
 
+class Unreadable(Exception):
+    """The bytes are no request of this vLLM's; the message says why."""
+
+
 def encode_request(request: EngineCoreRequest) -> bytes:
     """The request without its prompt's token ids, which travel beside it, readable to all."""
     tokens, request.prompt_token_ids = request.prompt_token_ids, None
@@ -29,8 +33,13 @@ def encode_request(request: EngineCoreRequest) -> bytes:
 
 
 def decode_request(content: bytes, prompt_token_ids: list[int]) -> EngineCoreRequest:
-    """The request with its token ids again. Raises msgspec.MsgspecError for other bytes."""
-    request = MsgpackDecoder(EngineCoreRequest).decode(_unpack(content))
+    """The request with its token ids again. Raises `Unreadable` for other bytes."""
+    try:
+        request = MsgpackDecoder(EngineCoreRequest).decode(_unpack(content))
+    # vLLM's decoder has no error of its own: the bytes may be wrong in any layer below it, or
+    # right and refused by `SamplingParams`. A peer's bytes must not end this process.
+    except Exception as error:
+        raise Unreadable(f"{type(error).__name__}: {error}") from error
     request.prompt_token_ids = prompt_token_ids
     return cast(EngineCoreRequest, request)
 

@@ -119,10 +119,11 @@ class LocalGroup:
         return next(w for w in self.workers if w.name == name)
 
     def kill(self, name: str) -> None:
-        """SIGKILL one worker and its engine's processes, as a node's death does."""
+        """SIGKILL one worker. Its engine's processes must end by themselves."""
         process = self.worker(name).process
         assert process is not None
-        _kill(process)
+        process.kill()
+        process.wait()
 
     def restart(self, name: str) -> None:
         """Start a worker that has ended again, at the address it had, and wait for it."""
@@ -135,17 +136,9 @@ class LocalGroup:
 
     def stop(self) -> None:
         """The router first: it lets its streams end while the workers are still there."""
-        parts = [p for p in reversed(self._parts()) if p.process and p.process.poll() is None]
-        for part in parts:
-            assert part.process is not None
-            part.process.send_signal(signal.SIGTERM)
-        until = time.monotonic() + _STOP_S
-        for part in parts:
-            assert part.process is not None
-            try:
-                part.process.wait(max(0.1, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                _kill(part.process)
+        if self.router is not None:
+            _end([self.router])
+        _end(self.workers)
         self._folder.cleanup()
 
     # ------------------------------------------------------------ parts
@@ -220,6 +213,19 @@ class LocalGroup:
             if time.monotonic() > until:
                 raise PartDied(f"{part.name} is not ready after {_START_S:.0f} s")
             time.sleep(0.1)
+
+
+def _end(parts: Sequence[Part]) -> None:
+    """SIGTERM to all, and SIGKILL to those that take too long."""
+    running = [p.process for p in parts if p.process and p.process.poll() is None]
+    for process in running:
+        process.terminate()
+    until = time.monotonic() + _STOP_S
+    for process in running:
+        try:
+            process.wait(max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _kill(process)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

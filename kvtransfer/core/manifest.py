@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from kvtransfer.protocol import VERSION, Ticket
+from kvtransfer.protocol import MALFORMED, VERSION, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +57,7 @@ def decode_ticket(content: bytes) -> Ticket:
         if version != VERSION:
             raise TicketUnreadable(f"ticket is of version {version}, this receiver of {VERSION}")
         return msgspec.convert(fields, Ticket)
-    except msgspec.MsgspecError as e:
+    except MALFORMED as e:
         raise TicketUnreadable(f"ticket is not readable: {e}") from None
 
 

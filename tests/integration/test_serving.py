@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import psutil
 import pytest
 
 if TYPE_CHECKING:
@@ -159,13 +160,57 @@ def test_the_official_client_through_each_feature(
         assert len(answer.prompt_logprobs) == answer.usage.prompt_tokens
 
 
-def test_a_killed_decode_worker_ends_the_stream_with_an_error(
+def test_a_stream_ends_with_its_usage(group: LocalGroup) -> None:
+    import openai
+
+    with openai.OpenAI(base_url=f"{group.url}/v1", api_key="none", max_retries=0) as client:
+        chunks = list(
+            client.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": "What is the capital of France?"}],
+                stream=True,
+                stream_options={"include_usage": True},
+                temperature=0,
+            )
+        )
+    assert "Paris" in "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert chunks[-1].usage.completion_tokens == 8
+
+
+def test_a_forced_tool_is_called(group: LocalGroup) -> None:
+    import openai
+
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    with openai.OpenAI(base_url=f"{group.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+            tools=[{"type": "function", "function": {"name": "weather", "parameters": parameters}}],
+            tool_choice={"type": "function", "function": {"name": "weather"}},
+            temperature=0,
+            max_tokens=60,
+        )
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "weather"
+    assert set(json.loads(call.function.arguments)) == {"city"}
+
+
+def test_a_killed_decode_worker_ends_the_stream_with_an_error_and_its_successor_serves(
     group: LocalGroup,
 ) -> None:
     body = {
         "model": MODEL, "prompt": "Once upon a time", "max_tokens": 1000,
         "stream": True, "ignore_eos": True,
     }  # fmt: skip
+    worker = group.worker("decode-0").process
+    assert worker is not None
+    engine = psutil.Process(worker.pid).children(recursive=True)
+    assert len(engine) >= 2
     events = []
     with httpx.stream("POST", f"{group.url}/v1/completions", json=body, timeout=60) as response:
         for line in response.iter_lines():
@@ -176,5 +221,15 @@ def test_a_killed_decode_worker_ends_the_stream_with_an_error(
     errors = [json.loads(e)["error"] for e in events if e.startswith('{"error"')]
     assert len(errors) == 1, events[-3:]
     assert "decode-0" in errors[0]["message"]
+    assert psutil.wait_procs(engine, timeout=5)[1] == []
     refused = complete(group.url, prompt="x", max_tokens=2)
     assert refused.status_code == 503
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert refused.json()["error"]["code"] == "no_workers"
+    group.restart("decode-0")
+    until = time.monotonic() + 15
+    while (answer := complete(group.url, prompt="x", max_tokens=2)).status_code != 200:
+        assert answer.status_code == 503, answer.text
+        assert time.monotonic() < until
+        time.sleep(0.3)
+    await_free(group, 35)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -81,9 +81,9 @@ def test_structured_output_survives(codec: ModuleType) -> None:
     assert back.sampling_params.structured_outputs.json == {"type": "object"}
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"\x91\xc4\x02{}"])
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x91\xc4\x02{}", b"\x90"])
 def test_other_bytes_are_refused_as_such(codec: ModuleType, content: bytes) -> None:
-    with pytest.raises(msgspec.MsgspecError):
+    with pytest.raises(codec.Unreadable):
         codec.decode_request(content, [1])
 
 
@@ -129,3 +129,18 @@ def test_extras_of_the_prompt_and_of_the_token_join_in_one_output(codec: ModuleT
     codec.decode_extras(codec.encode_extras(output(new_logprobs=lists)), into)
     assert into.new_logprobs is not None
     assert into.new_prompt_logprobs_tensors is not None
+
+
+def test_no_bytes_of_a_peer_raise_anything_else(codec: ModuleType) -> None:
+    content = codec.encode_request(request_for([1], logit_bias={5: 1.0}))
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(2000):
+        noisy = bytearray(content)
+        for _ in range(chance.randint(1, 3)):
+            noisy[chance.randrange(len(noisy))] = chance.randrange(256)
+        try:
+            codec.decode_request(bytes(noisy), [1])
+        except codec.Unreadable:
+            refused += 1
+    assert refused > 500

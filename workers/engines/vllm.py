@@ -52,12 +52,15 @@ class VllmEngine:
 
     async def start(self) -> EngineFacts:
         # It takes as long as the model takes to load, and probes must be answered meanwhile.
-        self._core = await asyncio.to_thread(
-            EngineCoreClient.make_async_mp_client,
-            self._config,
-            Executor.get_class(self._config),
-            log_stats=True,
-        )
+        try:
+            self._core = await asyncio.to_thread(
+                EngineCoreClient.make_async_mp_client,
+                self._config,
+                Executor.get_class(self._config),
+                log_stats=True,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise EngineDead(f"vLLM's engine did not start: {error}") from error
         await self._core.add_request_async(warm_up_request(_WARM_UP))
         done = False
         while not done:

@@ -9,8 +9,8 @@ import msgspec
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
-from workers.api import Delta, Finish, Generate, Phase
-from workers.vllm_codec import decode_request, encode_extras
+from workers.api import MALFORMED, Delta, Finish, Generate, Phase
+from workers.vllm_codec import Unreadable, decode_request, encode_extras
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,7 +41,7 @@ def core_request(generate: Generate, config: VllmConfig) -> EngineCoreRequest:
         raise BadRequest(f"a token id is outside the model's vocabulary of {vocabulary}")
     try:
         request = decode_request(generate.params, tokens)
-    except msgspec.MsgspecError as error:
+    except Unreadable as error:
         raise BadRequest(f"sampling parameters are not readable: {error}") from None
     if request.sampling_params is None:
         raise BadRequest("only generation is served")
@@ -127,7 +127,7 @@ def _shape(params: SamplingParams, generate: Generate, config: VllmConfig) -> Sa
 def _nixl_params(ticket: bytes) -> dict[str, Any]:
     try:
         return msgspec.msgpack.decode(ticket, type=dict[str, Any])
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise BadRequest(f"the ticket is not readable: {error}") from None
 
 
