@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--role", choices=[r.value for r in Role], required=True)
     parser.add_argument("--model", required=True, help="a prepared name, a local path or hub name")
+    parser.add_argument("--engine", choices=["vllm", "sim"], default="vllm")
     parser.add_argument("--host", default="127.0.0.1", help="address that others reach this at")
     parser.add_argument("--port", type=int, default=0, help="token channel; 0 takes a free one")
     parser.add_argument("--http-port", type=int, default=0)
@@ -93,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _engine(args: argparse.Namespace, identity: Identity, flags: list[str]) -> Engine:
+    if args.engine == "sim":
+        from workers.engines.sim import SimEngine, sim_settings
+
+        return SimEngine(sim_settings(flags, args.lease_s), identity.epoch)
     from workers.engines.vllm import VllmEngine
     from workers.engines.vllm_config import vllm_config
 

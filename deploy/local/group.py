@@ -65,12 +65,17 @@ class LocalGroup:
         decode: int = 1,
         port: int = 0,
         flags: Sequence[str] = (),
+        router_flags: Sequence[str] = (),
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`flags` are vLLM's, for all workers; `progress` is told each thing that happens."""
+        """`flags` are vLLM's, for all workers, `router_flags` its front's.
+
+        `progress` is told each thing that happens.
+        """
         self._model = model
         self._port = port
         self._flags = list(flags)
+        self._router_flags = list(router_flags)
         self._progress = progress
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-")
         names = [("prefill", i) for i in range(prefill)] + [("decode", i) for i in range(decode)]
@@ -164,7 +169,11 @@ class LocalGroup:
             elif flag.startswith(tuple(f"{f}=" for f in _SHARED_FLAGS)):
                 shared.append(flag)
         own = ["--model", self._model, "--workers", ",".join(w.channel for w in self.workers)]
-        return self._part("router", ["router", *own, "--port", str(self._port), *shared], None)
+        return self._part(
+            "router",
+            ["router", *own, "--port", str(self._port), *shared, *self._router_flags],
+            None,
+        )
 
     def _spawn(self, part: Part) -> None:
         part.address_file.unlink(missing_ok=True)

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2-135m"
 FLAGS = ["--max-model-len", "2048", "--dtype", "float32", "--enforce-eager"]
+TOOLS = ["--tool-call-parser", "hermes", "--enable-auto-tool-choice"]
 
 
 @pytest.fixture(scope="session")
 def group() -> Iterator[LocalGroup]:
     """A router with one prefill and one decode worker, in float32."""
     prepare(MODEL)
-    with LocalGroup(MODEL, flags=FLAGS) as running:
+    with LocalGroup(MODEL, flags=FLAGS, router_flags=TOOLS) as running:
         yield running
 
 
@@ -43,7 +44,7 @@ def aggregated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             [
                 sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry",
                 "--model", str(prepare(MODEL)), "--served-model-name", MODEL,
-                "--host", "127.0.0.1", "--port", str(port), *FLAGS,
+                "--host", "127.0.0.1", "--port", str(port), *FLAGS, *TOOLS,
             ],
             stdout=out, stderr=out, env={**ENVIRONMENT, **os.environ}, start_new_session=True,
         )  # fmt: skip

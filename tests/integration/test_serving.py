@@ -177,27 +177,32 @@ def test_a_stream_ends_with_its_usage(group: LocalGroup) -> None:
     assert chunks[-1].usage.completion_tokens == 8
 
 
-def test_a_forced_tool_is_called(group: LocalGroup) -> None:
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+def test_a_forced_tool_is_called_as_one_engine_calls_it(
+    group: LocalGroup, aggregated: str, choice: Any
+) -> None:
     import openai
 
-    parameters = {
-        "type": "object",
-        "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
-        "required": ["city"],
-        "additionalProperties": False,
-    }
-    with openai.OpenAI(base_url=f"{group.url}/v1", api_key="none", max_retries=0) as client:
-        answer = client.chat.completions.create(
-            model=MODEL,
-            messages=[{"role": "user", "content": "What is the weather in Paris?"}],
-            tools=[{"type": "function", "function": {"name": "weather", "parameters": parameters}}],
-            tool_choice={"type": "function", "function": {"name": "weather"}},
-            temperature=0,
-            max_tokens=60,
-        )
-    (call,) = answer.choices[0].message.tool_calls
-    assert call.function.name == "weather"
-    assert set(json.loads(call.function.arguments)) == {"city"}
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    calls = []
+    for url in (group.url, aggregated):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            answer = client.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+                tools=[
+                    {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+                ],
+                tool_choice=choice,
+                temperature=0,
+                max_tokens=60,
+            )
+        (call,) = answer.choices[0].message.tool_calls
+        calls.append((call.function.name, call.function.arguments, answer.choices[0].finish_reason))
+    assert calls[0] == calls[1]
+    assert calls[0][0] == "weather"
 
 
 def test_a_killed_decode_worker_ends_the_stream_with_an_error_and_its_successor_serves(

@@ -1,0 +1,391 @@
+"""The simulated engine's scheduler: vLLM's shape (chunks, batches, preemption) and no arithmetic.
+
+Pure: it receives `now`. A step is `begin` (what runs, and how long it takes) and `finish` (what
+came out); requests may come and go between the two.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import zlib
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from workers.api import MALFORMED, Delta, Finish, Generate, Load, Phase
+from workers.engines.sim_blocks import BlockPool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from workers.engines.sim_blocks import Handoffs
+
+FIRST_TOKEN: Final = 100
+"""Ids below are special tokens in most vocabularies."""
+PULL_NAP_S: Final = 0.001
+"""With nothing but pulls to wait for, look again this soon, as vLLM does."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimSettings:
+    """How fast, how large. The defaults are the 135M model on one core."""
+
+    prefill_tokens_per_s: float = 1000.0
+    step_s: float = 0.02
+    """Of a step without prefill, whatever its batch."""
+    blocks_total: int = 2048
+    block_tokens: int = 16
+    token_bytes: int = 23_040
+    """KV of one token."""
+    pull_bytes_per_s: float = 5e9
+    pull_latency_s: float = 0.002
+    max_model_len: int = 8192
+    """Tokens, prompt and output together."""
+    chunk_tokens: int = 2048
+    """Most tokens computed in one step."""
+    running_max: int = 256
+    vocabulary: int = 32_000
+    lease_s: float = 30.0
+    instant: bool = False
+    """Nothing takes time and no lease keeps anything: to measure what surrounds an engine."""
+
+
+class SimTicket(msgspec.Struct, frozen=True, array_like=True, tag="tandem-sim"):
+    epoch: str
+    handle: str
+    num_tokens: int
+    checksum: int
+    """Over the prompt, its salt included."""
+
+
+_encode_ticket = msgspec.msgpack.Encoder().encode
+_decode_ticket = msgspec.msgpack.Decoder(SimTicket).decode
+
+
+def read_ticket(content: bytes) -> SimTicket | None:
+    """None when it is no ticket of a simulated engine."""
+    try:
+        return _decode_ticket(content)
+    except MALFORMED:
+        return None
+
+
+@dataclass(slots=True)
+class _Pull:
+    ticket: SimTicket
+    ready_at: float
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Run:
+    """One request. `length` counts known tokens (prompt and output), `computed` those with KV."""
+
+    generate: Generate
+    arrived: int
+    output_max: int
+    checksum: int
+    hashes: list[int]
+    """Of the prompt's full blocks."""
+    length: int
+    computed: int = 0
+    outputs: int = 0
+    shared: list[int] = field(default_factory=list)
+    fresh: int = 0
+    cached: int | None = None
+    """Prompt tokens found in the cache at the first admission."""
+    pull: _Pull | None = None
+    pulled: tuple[int, int, float] = (0, 0, 0.0)
+    """Tokens, bytes, seconds."""
+    pull_error: str | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.generate.priority, self.arrived
+
+
+class SimModel:
+    """All requests of one simulated engine."""
+
+    def __init__(self, settings: SimSettings, epoch: str, handoffs: Handoffs) -> None:
+        self.settings = settings
+        self._epoch = epoch
+        self._handoffs = handoffs
+        self._pool = BlockPool(settings.blocks_total)
+        self._live: dict[str, _Run] = {}
+        self._waiting: list[tuple[int, int, str]] = []
+        self._running: dict[str, _Run] = {}
+        self._plan: list[tuple[_Run, int]] = []
+        self._kept: dict[str, tuple[list[int], int]] = {}
+        """Blocks of finished prefills by lease: shared, fresh."""
+        self._rejected: list[Delta] = []
+        self._arrivals = 0
+        self._steps = 0
+
+    # ------------------------------------------------------------ in
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._live or self._rejected)
+
+    def submit(self, generate: Generate) -> None:
+        """Queue it; what is wrong with it comes out of the next step."""
+        if reason := self._wrong(generate):
+            self._rejected.append(
+                Delta(generate.request_id, [], Finish.INVALID, error=reason)
+            )  # fmt: skip
+            return
+        prompt, size = generate.prompt_token_ids, self.settings.block_tokens
+        salt = zlib.crc32(f"{generate.cache_salt}\0{generate.lora_name}".encode())
+        hashes, link = [], salt
+        for end in range(size, len(prompt) + 1, size):
+            link = hash((link, *prompt[end - size : end]))
+            hashes.append(link)
+        self._arrivals += 1
+        run = _Run(
+            generate,
+            arrived=self._arrivals,
+            output_max=min(generate.max_tokens, self.settings.max_model_len - len(prompt)),
+            checksum=zlib.crc32(array("I", prompt).tobytes()),
+            hashes=hashes,
+            length=len(prompt),
+        )
+        self._live[generate.request_id] = run
+        heapq.heappush(self._waiting, (*run.order, generate.request_id))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            if run := self._live.pop(request_id, None):
+                self._give_up_pull(run)
+                self._running.pop(request_id, None)
+                self._free(run)
+
+    def release(self, tickets: Iterable[bytes], now: float) -> None:
+        for content in tickets:
+            if ticket := read_ticket(content):
+                self._handoffs.release(ticket.epoch, ticket.handle, now)
+
+    def _wrong(self, generate: Generate) -> str | None:
+        s, prompt = self.settings, generate.prompt_token_ids
+        if not prompt:
+            return "the prompt is empty"
+        if len(prompt) >= s.max_model_len:
+            return f"the prompt has {len(prompt)} tokens, the model at most {s.max_model_len}"
+        if not 0 <= min(prompt) <= max(prompt) < 1 << 31:
+            return "a token id is outside the model's vocabulary"
+        if generate.max_tokens < 1:
+            return "max_tokens is below 1"
+        if generate.lora_name is not None:
+            return "LoRA adapters are not served yet"
+        outputs = 0 if generate.phase is Phase.PREFILL else generate.max_tokens
+        tokens = min(len(prompt) + outputs, s.max_model_len)
+        if (needed := self._blocks(tokens)) > s.blocks_total:
+            return f"it may need {needed} KV blocks, the engine has {s.blocks_total}"
+        return None
+
+    # ------------------------------------------------------------ a step
+
+    def begin(self, now: float) -> float:
+        """Choose what runs; seconds until `finish` is due."""
+        s = self.settings
+        self._expire(now)
+        self._end_pulls(now)
+        self._admit(now)
+        self._plan = []
+        budget, prefill = s.chunk_tokens, 0
+        for run in list(self._running.values()):
+            if run.pull is not None or run.generate.request_id not in self._running:
+                continue
+            chunk = min(run.length - run.computed, budget)
+            if chunk and self._grow(run, run.computed + chunk):
+                budget -= chunk
+                prefill += chunk if chunk > 1 or not run.outputs else 0
+                self._plan.append((run, chunk))
+        if s.instant:
+            return 0.0
+        if self._plan:
+            return s.step_s + prefill / s.prefill_tokens_per_s
+        pulls = [r.pull.ready_at - now for r in self._running.values() if r.pull]
+        return max(0.0, min([PULL_NAP_S, *pulls])) if self._live else 0.0
+
+    def finish(self, now: float) -> list[Delta]:
+        """End the step that `begin` chose. Requests aborted or preempted since bring nothing."""
+        self._steps += 1
+        deltas, self._rejected = self._rejected, []
+        for run, chunk in self._plan:
+            if self._running.get(run.generate.request_id) is not run:
+                continue
+            run.computed += chunk
+            if run.outputs == 0:
+                self._publish(run)
+            if run.computed == run.length:
+                deltas.append(self._answer(run, now))
+        self._plan = []
+        return deltas
+
+    def load(self, now: float) -> Load:
+        self._expire(now)
+        waiting = len(self._live) - len(self._running)
+        queued = sum(r.length - r.computed for r in self._live.values() if not r.outputs)
+        return Load(
+            self._steps, self.busy, len(self._running), waiting, queued,
+            self._pool.free, self._pool.total, len(self._kept),
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ admission, growth, preemption
+
+    def _admit(self, now: float) -> None:
+        while self._waiting and len(self._running) < self.settings.running_max:
+            request_id = self._waiting[0][2]
+            run = self._live.get(request_id)
+            if run is not None and request_id not in self._running and not self._enter(run, now):
+                return
+            heapq.heappop(self._waiting)  # Entered, or aborted meanwhile.
+
+    def _enter(self, run: _Run, now: float) -> bool:
+        # As in vLLM, at least one token is always computed: there is no output without.
+        size = self.settings.block_tokens
+        usable = run.hashes[: (run.length - 1) // size]
+        hit = self._pool.cached(usable)
+        fresh = self._blocks(run.length) - hit
+        if not self._pool.take(run.hashes[:hit], fresh):
+            return False
+        run.shared, run.fresh, run.computed = run.hashes[:hit], fresh, hit * size
+        if run.cached is None:
+            run.cached = run.computed
+            self._begin_pull(run, now)
+        self._running[run.generate.request_id] = run
+        return True
+
+    def _grow(self, run: _Run, tokens: int) -> bool:
+        """Room for the KV of so many tokens, taken from later requests if need be."""
+        while (more := self._blocks(tokens) - len(run.shared) - run.fresh) > 0:
+            if self._pool.take((), more):
+                run.fresh += more
+                return True
+            victim = max(self._running.values(), key=lambda r: r.order)
+            self._preempt(victim)
+            if victim is run:
+                return False
+        return True
+
+    def _preempt(self, run: _Run) -> None:
+        self._give_up_pull(run)
+        self._plan = [(r, n) for r, n in self._plan if r is not run]
+        self._free(run)
+        run.computed = 0
+        request_id = run.generate.request_id
+        del self._running[request_id]
+        heapq.heappush(self._waiting, (*run.order, request_id))
+
+    def _free(self, run: _Run) -> None:
+        self._pool.give_back(run.shared, run.fresh)
+        run.shared, run.fresh = [], 0
+
+    def _publish(self, run: _Run) -> None:
+        """Let others find the prompt's blocks that are full now."""
+        full = min(run.computed // self.settings.block_tokens, len(run.hashes))
+        for block in run.hashes[len(run.shared) : full]:
+            if not self._pool.publish(block):
+                break  # Its like is there already: this one and what follows stay unshared.
+            run.fresh -= 1
+            run.shared.append(block)
+
+    def _blocks(self, tokens: int) -> int:
+        return math.ceil(tokens / self.settings.block_tokens)
+
+    # ------------------------------------------------------------ handoff
+
+    def _begin_pull(self, run: _Run, now: float) -> None:
+        generate, s = run.generate, self.settings
+        if generate.phase is not Phase.DECODE or generate.ticket is None:
+            return
+        ticket = read_ticket(generate.ticket)
+        if ticket is None:
+            run.pull_error = "the ticket is not readable"
+        elif (ticket.num_tokens, ticket.checksum) != (run.length, run.checksum):
+            run.pull_error = "the ticket is of another prompt"
+        elif reason := self._handoffs.hold(ticket.epoch, ticket.handle, now):
+            run.pull_error = reason
+        else:
+            size = run.fresh * s.block_tokens * s.token_bytes
+            seconds = 0.0 if s.instant else s.pull_latency_s + size / s.pull_bytes_per_s
+            run.pull = _Pull(ticket, now + seconds, seconds)
+
+    def _end_pulls(self, now: float) -> None:
+        for run in self._running.values():
+            pull = run.pull
+            if pull is None or pull.ready_at > now:
+                continue
+            run.pull = None
+            # Only a lease that outlived the read vouches for what was read.
+            run.pull_error = self._handoffs.release(pull.ticket.epoch, pull.ticket.handle, now)
+            if run.pull_error is None:
+                size = run.fresh * self.settings.block_tokens * self.settings.token_bytes
+                run.pulled = run.length - run.computed, size, pull.seconds
+                run.computed = run.length - 1
+                self._publish(run)
+
+    def _give_up_pull(self, run: _Run) -> None:
+        if run.pull is not None:
+            run.pull = None
+            run.pull_error = "given up before it was over"
+
+    def _keep(self, run: _Run, now: float) -> bytes:
+        """Move the request's blocks under a lease; its ticket."""
+        handle = run.generate.request_id
+        if self.settings.instant:
+            self._free(run)
+            epoch = ""
+        else:
+            epoch = self._epoch
+            handle = f"{handle}#{run.arrived}"
+            self._handoffs.grant(epoch, handle, now)
+            self._kept[handle] = run.shared, run.fresh
+            run.shared, run.fresh = [], 0
+        return _encode_ticket(SimTicket(epoch, handle, run.length, run.checksum))
+
+    def _expire(self, now: float) -> None:
+        if self._kept:
+            for handle in self._handoffs.ended(self._epoch, now):
+                self._pool.give_back(*self._kept.pop(handle))
+
+    # ------------------------------------------------------------ out
+
+    def _answer(self, run: _Run, now: float) -> Delta:
+        request_id = run.generate.request_id
+        first = run.outputs == 0
+        cached = run.cached if first else None
+        if run.generate.phase is Phase.PREFILL:
+            ticket = self._keep(run, now)
+            self._end(run)
+            return Delta(
+                request_id, [], Finish.PREFILLED, ticket=ticket, cached_tokens=cached
+            )  # fmt: skip
+        # A function of all tokens so far: whoever goes on from here says the same.
+        token = FIRST_TOKEN + (run.checksum * 2_654_435_761 >> 7) % (
+            self.settings.vocabulary - FIRST_TOKEN
+        )
+        run.checksum = zlib.crc32(token.to_bytes(4, "little"), run.checksum)
+        run.outputs += 1
+        run.length += 1
+        done = run.outputs >= run.output_max
+        if done:
+            self._end(run)
+        finish = Finish.LENGTH if done else None
+        if not first:
+            return Delta(request_id, [token], finish)
+        tokens, size, seconds = run.pulled
+        return Delta(
+            request_id, [token], finish, cached_tokens=cached,
+            kv_tokens=tokens, kv_bytes=size, kv_s=seconds, kv_failed=run.pull_error,
+        )  # fmt: skip
+
+    def _end(self, run: _Run) -> None:
+        request_id = run.generate.request_id
+        del self._live[request_id]
+        del self._running[request_id]
+        self._free(run)
