@@ -10,6 +10,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
+USERS ?= 2
+SECONDS ?= 60
 
 # vLLM on a CPU: no hub, no telemetry, 1 GiB of KV cache, one thread wherever the scheduler puts it.
 # `tandem up` sets the same for itself, where they are not set.
@@ -62,6 +64,14 @@ serve: model  ## router, prefill and decode on this machine, until Ctrl-C
 .PHONY: test
 test: model  ## every test, real engines included, in tiers (TIERS="unit contract" for some)
 	@BIN=$(BIN) .ci/test $(TIERS)
+
+.PHONY: bench
+bench: model  ## the router beside vLLM's bare front, disaggregated beside aggregated: tables
+	@$(BIN)/python -m loadtests.bench --model $(MODEL) --json reports/bench.json
+
+.PHONY: loadtest
+loadtest: model  ## chats for a minute against `tandem up`, with a report in reports/ (see USERS, SECONDS)
+	@$(BIN)/python -m loadtests.minute --model $(MODEL) --users $(USERS) --seconds $(SECONDS)
 
 .PHONY: check
 check: setup  ## ruff, formatting, mypy --strict, import arrows, house rules

@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from kvtransfer.core.manifest import decode_ticket
 from kvtransfer.receiver import Pulled, Receiver, Timeouts
-from kvtransfer.transports.ucx import NAME, Segment, UcxMemory
+from kvtransfer.transports.ucx import NAME, Segment, UcxMemory, UcxOffer
 from kvtransfer.vllm_records import HandoffStats, PullOrder, StepPlan, WorkerFacts
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class WorkerHalf:
         self._block_tokens: int = vllm_config.cache_config.block_size
         self.facts: WorkerFacts | None = None
         self._receiver: Receiver | None = None
-        self._agent: Any = None
+        self._offer: UcxOffer | None = None
         self._orders: dict[str, PullOrder] = {}
         self._sent: set[str] = set()
         self._failed_blocks: set[int] = set()
@@ -40,11 +40,11 @@ class WorkerHalf:
         """Offer the engine's KV memory: tensors of (blocks, …), one a layer."""
         segments = [_segment(tensor) for tensor in kv_caches.values()]
         memory = UcxMemory(segments)
-        self._agent, description = memory.offer()
+        self._offer = UcxOffer(memory)
         self.facts = WorkerFacts(
             kv_digest=_digest(kv_caches, self._block_tokens),
             transport=NAME,
-            description=description,
+            description=self._offer.description,
             block_bytes=sum(s.block_bytes for s in segments),
         )
         self._receiver = Receiver(memory, self.facts.kv_digest, self._timeouts)
@@ -92,7 +92,8 @@ class WorkerHalf:
     def close(self) -> None:
         if self._receiver is not None:
             self._receiver.close()
-        self._agent = None
+        if self._offer is not None:
+            self._offer.close()
 
     def _account(self, order: PullOrder, pulled: Pulled) -> list[Any]:
         assert self.facts is not None

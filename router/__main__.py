@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
+import uvloop
 
 from router.core.compat import RouterFacts
 from router.dispatch import Dispatch
@@ -22,6 +23,7 @@ from router.link import Links
 from router.metrics import Metrics
 from workers.addresses import write_addresses
 from workers.digests import model_digest, tokenizer_digest
+from workers.logs import log_to_stderr
 from workers.models import ModelMissing, resolve_model
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ log = logging.getLogger("router")
 def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. 1 when it can't start."""
     args, flags = _parser().parse_known_args(argv)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_to_stderr()
     addresses = [a for a in args.workers.split(",") if a]
     bad = [a for a in addresses if not a.startswith("tcp://")]
     if bad or not addresses:
@@ -43,6 +45,9 @@ def main(argv: list[str]) -> int:
         model = resolve_model(args.model)
         digests = model_digest(model), tokenizer_digest(model)
         listener = socket.create_server((args.host, args.port))
+        # Connections inherit it. An event loop may not set it by itself, and then each event of a
+        # stream waits for the acknowledgement of the one before, up to 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except (ModelMissing, OSError) as error:
         print(f"tandem router: {error}", file=sys.stderr)
         return 1
@@ -52,7 +57,7 @@ def main(argv: list[str]) -> int:
     if not any(f.startswith("--served-model-name") for f in flags):
         flags += ["--served-model-name", args.model]
     front = front_args(model, flags)
-    asyncio.run(_serve(args, front, listener, digests))
+    uvloop.run(_serve(args, front, listener, digests))
     return 0
 
 

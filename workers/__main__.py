@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import uvloop
 import zmq
 
 from workers.addresses import write_addresses
@@ -21,6 +22,7 @@ from workers.channel import Channel
 from workers.digests import model_digest, tokenizer_digest
 from workers.engines.base import EngineDead
 from workers.http import HttpSide
+from workers.logs import log_to_stderr
 from workers.metrics import Metrics
 from workers.models import ModelMissing, resolve_model
 from workers.orphans import guard
@@ -35,7 +37,7 @@ log = logging.getLogger("workers")
 def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. 0 after a drain, 1 when it can't start or the engine dies."""
     args, engine_flags = _parser().parse_known_args(argv)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_to_stderr()
     try:
         args.model = resolve_model(args.model)
         identity = Identity(
@@ -58,7 +60,7 @@ def main(argv: list[str]) -> int:
         return 1
     status = 0
     try:
-        asyncio.run(_serve(args, identity, engine))
+        uvloop.run(_serve(args, identity, engine))
     except* (OSError, zmq.ZMQError, EngineDead) as group:
         print(f"tandem worker: {_first(group)}", file=sys.stderr)
         status = 1

@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx
 
-from deploy.local.group import LocalGroup, PartDied
+from deploy.local.group import LocalGroup
+from deploy.local.parts import PartDied
 
 QUESTION = "What is the capital of France?"
 

@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import httpx
+from deploy.local.parts import Part, end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-}
-"""For vLLM on a CPU; what is set already stays."""
-
-_START_S = 300.0
-_STOP_S = 15.0
-_LOG_LINES = 20
-_PR_SET_PDEATHSIG = 1
 _SHARED_FLAGS = ("--max-model-len", "--dtype")
 """Flags that the router must have as the workers do."""
-
-
-class PartDied(Exception):
-    """A process ended by itself; the message says which, with the end of its log."""
-
-
-@dataclass(slots=True)
-class Part:
-    """One process. `channel` and `http` are known once it has bound its sockets."""
-
-    name: str
-    command: list[str]
-    log: Path
-    address_file: Path
-    core: int | None
-    process: subprocess.Popen[bytes] | None = None
-    channel: str = ""
-    http: str = ""
 
 
 class LocalGroup:
@@ -96,10 +59,10 @@ class LocalGroup:
             for worker in self.workers:
                 self._spawn(worker)
             for worker in self.workers:
-                self._await_address(worker)
+                worker.await_address(self.check)
             self.router = self._make_router()
             self._spawn(self.router)
-            self._await_address(self.router)
+            self.router.await_address(self.check)
             for part in [*self.workers, self.router]:
                 self._await_ready(part)
         except BaseException:
@@ -112,13 +75,8 @@ class LocalGroup:
 
     def check(self) -> None:
         """Raise `PartDied` when any process has ended."""
-        for part in self._parts():
-            if part.process is not None and part.process.poll() is not None:
-                end = part.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-                raise PartDied(
-                    f"{part.name} ended with status {part.process.returncode}; its log ends:\n  "
-                    + "\n  ".join(end)
-                )
+        for part in [*self.workers, *([self.router] if self.router else [])]:
+            part.check()
 
     def worker(self, name: str) -> Part:
         return next(w for w in self.workers if w.name == name)
@@ -136,20 +94,17 @@ class LocalGroup:
         port, http = (a.rsplit(":", 1)[1] for a in (part.channel, part.http))
         part.command += ["--port", port, "--http-port", http]
         self._spawn(part)
-        self._await_address(part)
+        part.await_address(self.check)
         self._await_ready(part)
 
     def stop(self) -> None:
         """The router first: it lets its streams end while the workers are still there."""
         if self.router is not None:
-            _end([self.router])
-        _end(self.workers)
+            end([self.router])
+        end(self.workers)
         self._folder.cleanup()
 
     # ------------------------------------------------------------ parts
-
-    def _parts(self) -> list[Part]:
-        return [*self.workers, *([self.router] if self.router else [])]
 
     def _part(self, name: str, command: list[str], core: int | None) -> Part:
         folder = Path(self._folder.name)
@@ -176,68 +131,9 @@ class LocalGroup:
         )
 
     def _spawn(self, part: Part) -> None:
-        part.address_file.unlink(missing_ok=True)
-        parent = os.getpid()
-
-        def prepare() -> None:
-            # Whatever becomes of us, no engine is left behind.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:
-                os._exit(1)
-            if part.core is not None:
-                os.sched_setaffinity(0, {part.core})
-
-        with part.log.open("ab") as log:
-            part.process = subprocess.Popen(
-                part.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**ENVIRONMENT, **os.environ},
-                preexec_fn=prepare,  # noqa: PLW1509  # It takes no lock.
-                start_new_session=True,
-            )
+        part.spawn()
         self._progress(f"{part.name}: starting")
 
-    def _await_address(self, part: Part) -> None:
-        self._await(part, part.address_file.exists)
-        addresses = json.loads(part.address_file.read_text())
-        part.channel, part.http = addresses["channel"] or "", addresses["http"]
-
     def _await_ready(self, part: Part) -> None:
-        def ready() -> bool:
-            try:
-                return httpx.get(f"{part.http}/readyz", timeout=2).status_code == 200
-            except httpx.TransportError:
-                return False
-
-        started = time.monotonic()
-        self._await(part, ready)
-        self._progress(f"{part.name}: ready (waited {time.monotonic() - started:.0f} s)")
-
-    def _await(self, part: Part, condition: Callable[[], bool]) -> None:
-        until = time.monotonic() + _START_S
-        while not condition():
-            self.check()
-            if time.monotonic() > until:
-                raise PartDied(f"{part.name} is not ready after {_START_S:.0f} s")
-            time.sleep(0.1)
-
-
-def _end(parts: Sequence[Part]) -> None:
-    """SIGTERM to all, and SIGKILL to those that take too long."""
-    running = [p.process for p in parts if p.process and p.process.poll() is None]
-    for process in running:
-        process.terminate()
-    until = time.monotonic() + _STOP_S
-    for process in running:
-        try:
-            process.wait(max(0.1, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _kill(process)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Its whole session: vLLM's engine runs in processes of its own."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        waited_s = part.await_ready(self.check)
+        self._progress(f"{part.name}: ready (waited {waited_s:.0f} s)")

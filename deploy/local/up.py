@@ -8,8 +8,9 @@ import socket
 import sys
 import time
 
-from deploy.local.group import LocalGroup, PartDied
+from deploy.local.group import LocalGroup
 from deploy.local.models import prepare
+from deploy.local.parts import PartDied
 from workers.models import PREPARED, ModelMissing
 
 

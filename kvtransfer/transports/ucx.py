@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NAME = "ucx"
+PROGRESS_NAP_S: Final = 0.01
 
 
 class Progress(Enum):
@@ -41,7 +43,7 @@ class Description(msgspec.Struct, frozen=True, array_like=True):
 
 
 class UcxMemory:
-    """This process's KV memory: registered once for readers, once for each peer to read from."""
+    """This process's KV memory: registered once for an offer, once for each peer to read from."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = list(segments)
@@ -50,14 +52,30 @@ class UcxMemory:
     def segments(self) -> list[Segment]:
         return self._segments
 
-    def offer(self) -> tuple[Any, bytes]:
-        """An agent for readers, to be kept as long as they may read, and its description."""
-        # An engine computes for seconds without asking after anybody: a thread must answer.
-        agent = _agent(progress_thread=True)
-        _register(agent, self._segments)
-        return agent, msgspec.msgpack.encode(
-            Description(agent.get_agent_metadata(), self._segments)
+
+class UcxOffer:
+    """KV memory that peers may read, until `close`."""
+
+    def __init__(self, memory: UcxMemory) -> None:
+        self._agent = _agent()
+        _register(self._agent, memory.segments)
+        self.description = msgspec.msgpack.encode(
+            Description(self._agent.get_agent_metadata(), memory.segments)
         )
+        self._closing = threading.Event()
+        # Reads need nothing of us, but a new peer's connection does, and an engine computes for
+        # seconds without asking after anybody. NIXL's own thread would spin: a whole core.
+        self._thread = threading.Thread(target=self._answer, name="kv-connections", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._agent = None
+
+    def _answer(self) -> None:
+        while not self._closing.wait(PROGRESS_NAP_S):
+            self._agent.get_new_notifs()  # What moves a NIXL agent on.
 
 
 class UcxPeer:
@@ -71,7 +89,7 @@ class UcxPeer:
             raise ValueError("the sender's KV layers have other block sizes than the receiver's")
         self._layers = len(ours)
         self._blocks = (ours[0].blocks, theirs.segments[0].blocks)
-        self._agent: Any = _agent(progress_thread=False)
+        self._agent: Any = _agent()
         _register(self._agent, ours)
         self._name = self._agent.add_remote_agent(theirs.agent)
         self._local = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", _blocks(ours), "DRAM")
@@ -120,10 +138,10 @@ class UcxPeer:
         self._agent = None
 
 
-def _agent(*, progress_thread: bool) -> Any:
+def _agent() -> Any:
     from nixl._api import nixl_agent, nixl_agent_config
 
-    config = nixl_agent_config(enable_prog_thread=progress_thread, backends=["UCX"])
+    config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
     return nixl_agent(uuid.uuid4().hex, config)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deploy.local.group import ENVIRONMENT
+from deploy.local.parts import ENVIRONMENT
 from tests.virtual_time import VirtualLoop
 from workers.api import Delta, Finish, Generate, Load, Phase, Role
 from workers.engines.sim import SimEngine
