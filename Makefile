@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 USERS ?= 2
-SECONDS ?= 60
+DURATION_S ?= 60
 
 # vLLM on a CPU: no hub, no telemetry, 1 GiB of KV cache, one thread wherever the scheduler puts it.
 # `tandem up` sets the same for itself, where they are not set.
@@ -70,8 +70,8 @@ bench: model  ## the router beside vLLM's bare front, disaggregated beside aggre
 	@$(BIN)/python -m loadtests.bench --model $(MODEL) --json reports/bench.json
 
 .PHONY: loadtest
-loadtest: model  ## chats for a minute against `tandem up`, with a report in reports/ (see USERS, SECONDS)
-	@$(BIN)/python -m loadtests.minute --model $(MODEL) --users $(USERS) --seconds $(SECONDS)
+loadtest: model  ## chats for a minute against `tandem up`, with a report in reports/ (USERS, DURATION_S)
+	@$(BIN)/python -m loadtests.local --model $(MODEL) --users $(USERS) --duration-s $(DURATION_S)
 
 .PHONY: check
 check: setup  ## ruff, formatting, mypy --strict, import arrows, house rules
