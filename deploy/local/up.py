@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
             _say(f"serving {args.model} at {group.url}/v1; try:")
             _say(
                 f"curl -N {group.url}/v1/chat/completions -H 'content-type: application/json' "
-                f'-d \'{{"model": "{args.model}", "stream": true, "messages": '
+                f'-d \'{{"model": "{args.model}", "stream": true, "temperature": 0, "messages": '
                 '[{"role": "user", "content": "What is the capital of France?"}]}\''
             )
             while True:
