@@ -1,67 +1,95 @@
-"""What crosses the wire in a KV handoff: the ticket, and the sender's control channel.
+"""What crosses the wire in a KV handoff, between the process that has the KV and the one that wants it.
 
-The prefill side (*sender*) keeps a finished prompt's blocks under a lease and describes them in a
-`Ticket`. The decode side (*receiver*) checks the ticket against its own request, asks the sender
-to hold the lease, reads the blocks one-sidedly into blocks of its own, and releases. The answer
-to its `Release` proves that the lease outlived the read: only then are the blocks good.
+The prefill side (*sender*) computes a prompt under a *handle* that the router made up. The decode
+side (*receiver*) knows handle and address from the router, and follows it: the sender announces
+blocks as they are computed, and seals the handle with a `Manifest` when the prompt is. From then on
+a *lease* keeps the blocks. The receiver reads them one-sidedly into blocks of its own, and uses them
+only if the manifest matches its own request and the lease outlived the reads.
 
-Control frames are msgpack, one frame a message, over a ZeroMQ REQ/REP-like DEALER to ROUTER pair
-with a sequence number, so that late or repeated answers are recognized. Version 1.
+Frames are msgpack, one a message, over a ZeroMQ DEALER (receiver) to ROUTER (sender) pair. A frame
+that answers has the question's `seq`; `Blocks`, `Sealed` and `Gone` also come unasked. Late, repeated
+and reordered frames are harmless: `seq`, `generation` and `first` tell them apart. Version 2.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-VERSION = 1
+VERSION = 2
+LINK_BYTES = 16
 
 MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError)
 """What decoding a peer's bytes may raise: msgspec lets bad UTF-8 through as Python's own error."""
 
 
-class Ticket(msgspec.Struct, frozen=True, array_like=True):
-    """Whose KV this is and where it is. Single use; worthless once its lease has ended.
+class Layout(msgspec.Struct, frozen=True, array_like=True):
+    """How one side's KV memory is cut: what must fit for a block's bytes to mean the same."""
 
-    `decode_ticket` refuses another `version` before it looks at anything else.
-    """
+    content: str
+    """Digest of everything that must simply be equal: model, layer names, attention backend."""
+    dtype: str
+    layers: int
+    kv_heads: int
+    """Of the whole model, over all ranks."""
+    head_token_bytes: int
+    """One head's K and V of one token."""
+    block_tokens: int
+    ranks: int
+    """Tensor-parallel size."""
+    by_head: bool
+    """A block is its heads one after the other, so that ranks may be split otherwise."""
+    by_token: bool
+    """A head's part of a block is its tokens one after the other, so that blocks may be too."""
 
-    version: int
-    epoch: str
-    """Of the sending process; a restart at the same address has another."""
-    handle: str
-    """Names the lease at the sender; unique within the epoch."""
-    endpoints: list[str]
-    """Control channel of each tensor-parallel rank, `tcp://host:port`, by rank."""
-    kv_digest: str
-    """The sender's KV layout; must equal the receiver's."""
-    model_digest: str
+
+class Manifest(msgspec.Struct, frozen=True, array_like=True):
+    """Whose KV a sealed handle holds."""
+
     num_tokens: int
     """Prompt tokens covered."""
-    block_ids: list[int]
-    """The sender's blocks, in prompt order."""
+    blocks: int
+    """Blocks they fill, the sender's."""
     chain: bytes
-    """Tail of the prompt's chain of block hashes (`kvtransfer.core.manifest`)."""
+    """Last link of the prompt's chain (`kvtransfer.core.manifest`): tokens, salt, adapter."""
+    model_digest: str
+    tokenizer_digest: str
+    first_token: int | None
+    """The first generated token, where the sender sampled it for the client; else None."""
+
+
+class Region(msgspec.Struct, frozen=True, array_like=True):
+    """One rank's memory, as one transport offers it."""
+
+    transport: str
+    description: bytes
+    blocks: int
+
+
+# ---------------------------------------------------------------- receiver to sender
 
 
 class Open(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Receiver to sender: who are you, and where is your memory?"""
+    """Who are you, and where is your memory?"""
 
     seq: int
     version: int
-    kv_digest: str
+    layout: Layout
+    rank: int
 
 
-class Opened(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class Follow(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Tell me of this handle from its beginning, whether you have heard of it yet or not."""
+
     seq: int
     epoch: str
-    kv_digest: str
-    transport: str
-    region: bytes
-    """The transport's own description of the sender's memory."""
+    handle: str
+    rank: int
+    ranks: int
+    """How many receivers there will be; the handle ends when each has released it."""
 
 
 class Renew(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Hold this lease: I am about to read, or still reading."""
+    """I still follow, or am still reading."""
 
     seq: int
     epoch: str
@@ -69,23 +97,59 @@ class Renew(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Release(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """I am done with this handle, or never wanted it."""
+    """I am done with this handle, or never wanted it. Unanswered. `rank` None: all of us."""
 
-    seq: int
     epoch: str
     handle: str
+    rank: int | None = None
+
+
+# ---------------------------------------------------------------- sender to receiver
+
+
+class Opened(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    seq: int
+    epoch: str
+    layout: Layout
+    lease_s: float
+    checksums: str
+    """`kvtransfer.checksums.Mode` of the sums in `Blocks`."""
+    regions: list[list[Region]]
+    """By rank: what it offers, best first."""
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """To `Renew` and `Release`: the lease was alive until now."""
+    """To `Follow` and `Renew`: known or expected, and if sealed, leased anew from now on."""
 
     seq: int
     handle: str
-    remaining_s: float
+
+
+class Blocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Blocks `first`, `first + 1`, … of the prompt are computed and may be read."""
+
+    handle: str
+    generation: int
+    """Rises when the sender begins again (a preemption); what was read before is worthless."""
+    first: int
+    block_ids: list[int]
+    """The sender's."""
+    links: bytes
+    """Of the chain, `LINK_BYTES` a block."""
+    sums: list[int | None]
+    """Checksum of each block's payload (`kvtransfer.checksums`); empty where they are off."""
+
+
+class Sealed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The prompt is computed, `generation` is its last, and the lease runs."""
+
+    handle: str
+    generation: int
+    manifest: Manifest
 
 
 class Gone(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """To `Renew` and `Release`: no such lease; whatever was read may be another's."""
+    """No such handle, or no longer; what was not yet vouched for is worthless."""
 
     seq: int
     handle: str
@@ -99,5 +163,40 @@ class Rejected(msgspec.Struct, frozen=True, array_like=True, tag=True):
     reason: str
 
 
-ToSender = Open | Renew | Release
-ToReceiver = Opened | Held | Gone | Rejected
+ToSender = Open | Follow | Renew | Release
+ToReceiver = Opened | Held | Blocks | Sealed | Gone | Rejected
+
+# ---------------------------------------------------------------- told by the router
+
+
+class Ticket(msgspec.Struct, frozen=True, array_like=True):
+    """Where a handle is followed. The router makes it up; both workers get the same."""
+
+    version: int
+    epoch: str
+    """Of the sending process; a restart at the same address has another."""
+    handle: str
+    """Single use; unique within the epoch."""
+    endpoint: str
+    """The sender's control channel, `tcp://host:port`."""
+
+
+class TicketUnreadable(Exception):
+    """The bytes are no ticket of our version; the message names both sides."""
+
+
+def encode_ticket(epoch: str, handle: str, endpoint: str) -> bytes:
+    return msgspec.msgpack.encode(Ticket(VERSION, epoch, handle, endpoint))
+
+
+def decode_ticket(content: bytes) -> Ticket:
+    """A ticket of our own version. Raises `TicketUnreadable`."""
+    try:
+        fields = msgspec.msgpack.decode(content, type=list)
+        version = fields[0] if fields else None
+        # The version first: of another one's fields nothing is known.
+        if version != VERSION:
+            raise TicketUnreadable(f"ticket is of version {version}, this receiver of {VERSION}")
+        return msgspec.convert(fields, Ticket)
+    except MALFORMED as e:
+        raise TicketUnreadable(f"ticket is not readable: {e}") from None

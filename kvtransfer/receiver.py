@@ -1,260 +1,162 @@
-"""Pulls prompts' KV from senders: never waits, and reports a block good only when it is."""
+"""Pulls prompts' KV in a thread of its own, so that no engine step is waited for."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 import zmq
 
-from kvtransfer.protocol import (
-    MALFORMED,
-    VERSION,
-    Gone,
-    Held,
-    Open,
-    Opened,
-    Rejected,
-    Release,
-    Renew,
-    Ticket,
-    ToReceiver,
-)
-from kvtransfer.transports.ucx import NAME, Progress, UcxMemory, UcxPeer
+from kvtransfer.connection import Broken, Connection, Mine, Order, Pulled
+from kvtransfer.core.pulling import Timeouts
+from kvtransfer.wakeups import Wakeup
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
+
+__all__ = ["Mine", "Order", "Pulled", "Receiver", "Timeouts"]
 
 log = logging.getLogger(__name__)
 
-_decode = msgspec.msgpack.Decoder(ToReceiver).decode
-_encode = msgspec.msgpack.Encoder().encode
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """Seconds. `answer` bounds each control round trip, `read` one prompt's whole read."""
-
-    answer_s: float = 5.0
-    read_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Pulled:
-    """How one pull ended. With `error`, none of its blocks may be used, and none is in flight."""
-
-    request_id: str
-    blocks: int
-    seconds: float
-    error: str | None
-
-
-class _Phase(Enum):
-    OPENING = "opening"
-    RENEWING = "renewing"
-    READING = "reading"
-    RELEASING = "releasing"
-
-
-@dataclass(slots=True)
-class _Pull:
-    request_id: str
-    ticket: Ticket
-    local: list[int]
-    remote: list[int]
-    started_at: float
-    phase: _Phase
-    deadline: float
-    seq: int = 0
-    handle: Any = None
-    renew_at: float = 0.0
-
-
-@dataclass(slots=True)
-class _Sender:
-    """One sender's control socket, and once it has answered, its memory."""
-
-    socket: zmq.Socket[bytes]
-    epoch: str
-    peer: UcxPeer | None = None
-    open_seq: int = 0
-    pulls: dict[str, _Pull] = field(default_factory=dict)
+IN_FLIGHT_BYTES_MAX: Final = 256 << 20
+IDLE_MS: Final = 100
+READING_MS: Final = 1
+"""Between two looks at reads that nothing wakes us for. Most are over by the first."""
 
 
 class Receiver:
-    """All pulls of one engine. Call `poll` at every step; it takes microseconds when idle."""
+    """All pulls of one engine rank. Its methods are the engine's, and return at once."""
 
-    def __init__(self, memory: UcxMemory, kv_digest: str, timeouts: Timeouts) -> None:
-        self._memory = memory
-        self._kv_digest = kv_digest
-        self._timeouts = timeouts
-        self._context = zmq.Context()
-        self._senders: dict[str, _Sender] = {}
-        self._seq = 0
-        self._ended: list[Pulled] = []
-
-    def __len__(self) -> int:
-        return sum(len(s.pulls) for s in self._senders.values())
-
-    def start(
-        self, request_id: str, ticket: Ticket, local: Sequence[int], remote: Sequence[int]
+    def __init__(
+        self, mine: Mine, timeouts: Timeouts, in_flight_bytes_max: int = IN_FLIGHT_BYTES_MAX
     ) -> None:
-        """Begin to read the sender's blocks `remote` into ours; none means release only."""
-        now = time.monotonic()
-        endpoint = ticket.endpoints[0]
-        sender = self._senders.get(endpoint)
-        if sender is not None and sender.epoch != ticket.epoch:
-            self._drop(endpoint, "the sender restarted")
-            sender = None
-        if sender is None:
-            sender = self._senders[endpoint] = self._open(endpoint, ticket.epoch)
-        pull = _Pull(
-            request_id, ticket, list(local), list(remote), now, _Phase.OPENING,
-            now + self._timeouts.answer_s,
-        )  # fmt: skip
-        sender.pulls[request_id] = pull
-        if not pull.local:
-            self._ask(sender, pull, _Phase.RELEASING)
-        elif sender.peer is not None:
-            self._ask(sender, pull, _Phase.RENEWING)
+        self._mine, self._timeouts, self._room = mine, timeouts, in_flight_bytes_max
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._connections: dict[str, Connection] = {}
+        self._inbox: deque[Order | str] = deque()
+        self._handles: dict[str, tuple[str, str]] = {}
+        """Endpoint and handle by request id."""
+        self._ended: deque[Pulled] = deque()
+        self._news = threading.Event()
+        self._wakeup = Wakeup()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="kv-receiver", daemon=True)
+        self._thread.start()
 
-    def poll(self) -> list[Pulled]:
-        """Move everything on; what has ended since the last call."""
-        for endpoint, sender in list(self._senders.items()):
-            try:
-                self._hear(sender)
-                self._move(sender)
-            except _Broken as broken:
-                self._drop(endpoint, str(broken))
-        ended, self._ended = self._ended, []
-        return ended
+    # ------------------------------------------------------------ the engine's
+
+    def start(self, order: Order) -> None:
+        """Begin to fetch; `ended` tells of its end, once."""
+        self._inbox.append(order)
+        self._wakeup.set()
+
+    def cancel(self, request_id: str) -> None:
+        """Nobody wants it any more. `ended` tells when its blocks are out of reach."""
+        self._inbox.append(request_id)
+        self._wakeup.set()
+
+    def ended(self, wait_s: float = 0.0) -> list[Pulled]:
+        """What ended since the last call. Waits so long for the first of it."""
+        if wait_s:
+            self._news.wait(wait_s)
+        self._news.clear()
+        found = []
+        while self._ended:
+            found.append(self._ended.popleft())
+        return found
 
     def close(self) -> None:
-        for endpoint in list(self._senders):
-            self._drop(endpoint, "closing")
+        self._closing = True
+        self._wakeup.set()
+        self._thread.join(timeout=5)
+        self._wakeup.close()
+
+    # ------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._sleep()
+            self._take_inbox()
+            now = time.monotonic()
+            for connection in list(self._connections.values()):
+                self._guarded(connection, connection.hear)
+                self._guarded(connection, lambda c=connection: c.move(self._room_left()))
+                self._guarded(connection, lambda c=connection: c.tick(now))
+                self._report(connection)
+        for connection in list(self._connections.values()):
+            self._drop(connection, "closing")
         self._context.term()
 
-    # ------------------------------------------------------------ talking
+    def _sleep(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wakeup.fileno(), zmq.POLLIN)
+        timeout_ms = IDLE_MS
+        for connection in self._connections.values():
+            poller.register(connection.socket, zmq.POLLIN)
+            if connection.flying:
+                descriptors = connection.descriptors()
+                if descriptors is None:
+                    timeout_ms = READING_MS
+                for descriptor in descriptors or ():
+                    poller.register(descriptor, zmq.POLLIN)
+        poller.poll(timeout_ms)
+        self._wakeup.clear()
 
-    def _open(self, endpoint: str, epoch: str) -> _Sender:
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 200)
-        socket.connect(endpoint)
-        self._seq += 1
-        socket.send(_encode(Open(self._seq, VERSION, self._kv_digest)))
-        return _Sender(socket, epoch, open_seq=self._seq)
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            command = self._inbox.popleft()
+            now = time.monotonic()
+            if isinstance(command, str):
+                endpoint, handle = self._handles.get(command, ("", ""))
+                if connection := self._connections.get(endpoint):
+                    self._guarded(
+                        connection, lambda c=connection, h=handle, n=now: c.cancel(h, n)
+                    )  # fmt: skip
+                    self._report(connection)
+                continue
+            self._handles[command.request_id] = (command.endpoint, command.handle)
+            connection = self._connection(command)
+            self._guarded(connection, lambda c=connection, o=command, n=now: c.start(o, n))
+            self._report(connection)
 
-    def _ask(self, sender: _Sender, pull: _Pull, phase: _Phase) -> None:
-        self._seq += 1
-        pull.phase, pull.seq = phase, self._seq
-        pull.deadline = time.monotonic() + self._timeouts.answer_s
-        kind = Release if phase is _Phase.RELEASING else Renew
-        sender.socket.send(_encode(kind(pull.seq, pull.ticket.epoch, pull.ticket.handle)))
+    def _connection(self, order: Order) -> Connection:
+        known = self._connections.get(order.endpoint)
+        if known is not None and known.epoch != order.epoch:
+            self._drop(known, f"the sender restarted: epoch {known.epoch}, now {order.epoch}")
+            known = None
+        if known is None:
+            known = Connection(self._context, order, self._mine, self._timeouts)
+            self._connections[order.endpoint] = known
+        return known
 
-    def _hear(self, sender: _Sender) -> None:
-        while True:
-            try:
-                message = _decode(sender.socket.recv(zmq.NOBLOCK))
-            except zmq.Again:
-                return
-            except MALFORMED as error:
-                raise _Broken(f"the sender's answer is not readable: {error}") from None
-            if isinstance(message, Opened):
-                self._opened(sender, message)
-            elif isinstance(message, Rejected):
-                raise _Broken(message.reason)
-            else:
-                self._answered(sender, message)
-
-    def _opened(self, sender: _Sender, message: Opened) -> None:
-        if message.epoch != sender.epoch:
-            raise _Broken(f"sender is of epoch {message.epoch}, the ticket of {sender.epoch}")
-        if message.transport != NAME:
-            raise _Broken(f"sender offers {message.transport}, this receiver {NAME}")
-        if sender.peer is None:
-            try:
-                sender.peer = UcxPeer(self._memory, message.region)
-            except Exception as error:  # NIXL's errors share no base class.
-                raise _Broken(f"can't connect: {error}") from error
-            for pull in sender.pulls.values():
-                if pull.phase is _Phase.OPENING:
-                    self._ask(sender, pull, _Phase.RENEWING)
-
-    def _answered(self, sender: _Sender, message: Held | Gone) -> None:
-        # Late answers to a former question have another number and are nobody's.
-        pull = next((p for p in sender.pulls.values() if p.seq == message.seq), None)
-        if pull is None:
+    def _guarded(self, connection: Connection, act: Callable[[], None]) -> None:
+        if self._connections.get(connection.endpoint) is not connection:
             return
-        if isinstance(message, Gone):
-            if pull.phase is _Phase.READING:
-                raise _Broken(message.reason)  # Its read must be fenced before anything else.
-            self._end(sender, pull, message.reason)
-        elif pull.phase is _Phase.RENEWING:
-            self._read(sender, pull, message.remaining_s)
-        elif pull.phase is _Phase.RELEASING:
-            # The lease outlived the read: what was read is what the ticket promised.
-            self._end(sender, pull, None)
-
-    # ------------------------------------------------------------ reading
-
-    def _read(self, sender: _Sender, pull: _Pull, lease_s: float) -> None:
-        assert sender.peer is not None
-        now = time.monotonic()
         try:
-            pull.handle = sender.peer.read(pull.local, pull.remote)
-        except Exception as error:  # NIXL's errors share no base class.
-            raise _Broken(f"can't read: {error}") from error
-        pull.phase = _Phase.READING
-        pull.deadline = now + self._timeouts.read_s
-        pull.renew_at = now + lease_s / 3
+            act()
+        except Broken as broken:
+            self._drop(connection, str(broken))
+        except Exception as error:  # noqa: BLE001  # The thread's edge: no pull may hang on a bug.
+            log.exception("pulling failed", extra={"endpoint": connection.endpoint})
+            self._drop(connection, f"internal error: {error!r}")
 
-    def _move(self, sender: _Sender) -> None:
-        now = time.monotonic()
-        for pull in list(sender.pulls.values()):
-            if pull.phase is _Phase.READING:
-                assert sender.peer is not None
-                progress = sender.peer.poll(pull.handle)
-                if progress is Progress.DONE:
-                    self._ask(sender, pull, _Phase.RELEASING)
-                    continue
-                if progress is Progress.FAILED:
-                    raise _Broken("the transport reports the read as failed")
-                if now > pull.renew_at:
-                    self._renew_while_reading(sender, pull, now)
-            if now > pull.deadline:
-                raise _Broken(f"no answer while {pull.phase.value}")
+    def _drop(self, connection: Connection, reason: str) -> None:
+        log.warning("sender dropped", extra={"endpoint": connection.endpoint, "reason": reason})
+        del self._connections[connection.endpoint]
+        connection.drop(reason)
+        self._report(connection)
 
-    def _renew_while_reading(self, sender: _Sender, pull: _Pull, now: float) -> None:
-        self._seq += 1
-        pull.seq = self._seq
-        pull.renew_at = now + self._timeouts.answer_s
-        sender.socket.send(_encode(Renew(pull.seq, pull.ticket.epoch, pull.ticket.handle)))
+    def _report(self, connection: Connection) -> None:
+        if not connection.ended:
+            return
+        for pulled in connection.ended:
+            self._handles.pop(pulled.request_id, None)
+        self._ended.extend(connection.ended)
+        connection.ended.clear()
+        self._news.set()
 
-    # ------------------------------------------------------------ ending
-
-    def _drop(self, endpoint: str, reason: str) -> None:
-        """Give the sender up. Fence first: only then are the blocks out of its reach."""
-        sender = self._senders.pop(endpoint)
-        for pull in sender.pulls.values():
-            pull.handle = None  # A handle keeps its agent alive, and so the read.
-        if sender.peer is not None:
-            sender.peer.fence()
-        for pull in list(sender.pulls.values()):
-            sender.socket.send(
-                _encode(Release(0, pull.ticket.epoch, pull.ticket.handle)), zmq.NOBLOCK
-            )
-            self._end(sender, pull, reason)
-        sender.socket.close()
-
-    def _end(self, sender: _Sender, pull: _Pull, error: str | None) -> None:
-        del sender.pulls[pull.request_id]
-        seconds = time.monotonic() - pull.started_at
-        self._ended.append(Pulled(pull.request_id, len(pull.local), seconds, error))
-
-
-class _Broken(Exception):
-    """The sender as a whole can't be used; its pulls fail together, after the fence."""
+    def _room_left(self) -> int:
+        return self._room - sum(c.flying for c in self._connections.values())

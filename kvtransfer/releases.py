@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 
 import zmq
 
-from kvtransfer.core.manifest import TicketUnreadable, decode_ticket
+from kvtransfer.protocol import TicketUnreadable, decode_ticket
 from kvtransfer.sender import release_frame
 
 PEERS_MAX = 256
@@ -25,11 +26,8 @@ class ReleaseClient:
             read = decode_ticket(ticket)
         except TicketUnreadable:
             return False
-        for endpoint in read.endpoints:
-            try:
-                self._to(endpoint).send(release_frame(read.epoch, read.handle), zmq.NOBLOCK)
-            except zmq.ZMQError:
-                continue
+        with contextlib.suppress(zmq.ZMQError):
+            self._to(read.endpoint).send(release_frame(read.epoch, read.handle), zmq.NOBLOCK)
         return True
 
     def close(self) -> None:

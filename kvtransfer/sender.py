@@ -1,140 +1,227 @@
-"""The sender's control channel: leases over a ZeroMQ ROUTER, served by a thread of its own."""
+"""The sender's control channel: the book of handoffs, served by a thread of its own."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-import uuid
+from collections import deque
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import zmq
 
-from kvtransfer.core.lease import Leases
+from kvtransfer.core.geometry import refusal
+from kvtransfer.core.sending import Book
 from kvtransfer.protocol import (
     MALFORMED,
     VERSION,
-    Gone,
-    Held,
+    Follow,
     Open,
     Opened,
     Rejected,
     Release,
     Renew,
-    ToReceiver,
     ToSender,
 )
+from kvtransfer.wakeups import Wakeup
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvtransfer.core.sending import Messages
+    from kvtransfer.protocol import Layout, Manifest, Region, ToReceiver
 
 log = logging.getLogger(__name__)
 
 WAIT_MS: Final = 200
+RECEIVE_MAX: Final = 256
+QUEUE_MAX: Final = 10_000
+"""Messages to one receiver that may wait. It asks again for what it missed."""
 _decode = msgspec.msgpack.Decoder(ToSender).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class Offered:
     """One engine's KV memory, as a receiver must know it to read from it."""
 
-    kv_digest: str
-    transport: str
-    description: bytes
-    """The transport's own."""
+    layout: Layout
+    checksums: str
+    regions: list[list[Region]]
+    """By rank."""
 
 
-class LeaseServer:
-    """Answers receivers whenever they ask: an engine without work would not.
+class Sender:
+    """Tells receivers what is computed, and keeps leases. An engine without work would not.
 
-    `grant` and `ended` are the engine's; the thread does the rest. Every handle granted comes
-    out of `ended` exactly once.
+    All methods are the engine's, return at once, and may be called from any one thread.
     """
 
-    def __init__(self, host: str, epoch: str, lease_s: float, region: Region) -> None:
-        self._epoch = epoch
-        self._region = region
-        self._leases = Leases(lease_s)
-        self._ended: list[str] = []
+    def __init__(self, host: str, epoch: str, lease_s: float, offered: Offered) -> None:
+        """Bind. Raises zmq.ZMQError when the host is no address of ours."""
+        self._epoch, self._lease_s, self._offered = epoch, lease_s, offered
+        self._book = Book(epoch, lease_s)
         self._lock = threading.Lock()
+        self._outbox: deque[tuple[bytes, ToReceiver]] = deque()
+        self._wakeup = Wakeup()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
+        # A receiver that comes back under its own name must not be locked out by its ghost.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         port = self._socket.bind_to_random_port(f"tcp://{host}")
         self.endpoint = f"tcp://{host}:{port}"
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="kv-leases", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="kv-sender", daemon=True)
         self._thread.start()
+
+    # ------------------------------------------------------------ the engine's
 
     @property
     def leases_open(self) -> int:
         with self._lock:
-            return len(self._leases)
+            return len(self._book)
 
-    def grant(self) -> str:
-        """A new handle, kept from now on for one lease."""
-        handle = uuid.uuid4().hex
+    @property
+    def leases_expired_total(self) -> int:
         with self._lock:
-            self._leases.grant(handle, time.monotonic())
-        return handle
+            return self._book.expired_total
+
+    def expect(self, handle: str, links: bytes) -> bool:
+        """See `Book.expect`."""
+        with self._lock:
+            return self._book.expect(handle, links)
+
+    def computed(
+        self, handle: str, generation: int, ids: Sequence[int], sums: Sequence[int | None]
+    ) -> int:
+        """More blocks; how many of this generation are announced now."""
+        with self._lock:
+            messages = self._book.computed(handle, generation, ids, sums)
+            announced = self._book.announced(handle)
+        self._say(messages)
+        return announced
+
+    def restart(self, handle: str, generation: int) -> None:
+        with self._lock:
+            self._book.restart(handle, generation)
+
+    def seal(self, handle: str, manifest: Manifest) -> None:
+        with self._lock:
+            messages = self._book.seal(handle, manifest, time.monotonic())
+        self._say(messages)
+
+    def cancel(self, handle: str, reason: str) -> None:
+        with self._lock:
+            messages = self._book.cancel(handle, reason)
+        self._say(messages)
 
     def ended(self) -> list[str]:
-        """Handles released or expired since the last call: their blocks may be freed."""
+        """Handles whose blocks may be freed, since the last call."""
         with self._lock:
-            self._ended += self._leases.expire(time.monotonic())
-            ended, self._ended = self._ended, []
+            messages = self._book.expire(time.monotonic())
+            ended = self._book.ended()
+        self._say(messages)
         return ended
 
     def close(self) -> None:
         self._closing.set()
+        self._wakeup.set()
         self._thread.join(timeout=5)
         self._context.term()
+        self._wakeup.close()
+
+    def _say(self, messages: Messages) -> None:
+        if messages:
+            self._outbox.extend(messages)
+            self._wakeup.set()
+
+    # ------------------------------------------------------------ the thread
 
     def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wakeup.fileno(), zmq.POLLIN)
         while not self._closing.is_set():
-            if not poller.poll(WAIT_MS):
-                continue
-            frames = self._socket.recv_multipart()
+            poller.poll(WAIT_MS)
+            self._wakeup.clear()
+            with self._lock:
+                self._outbox.extend(self._book.expire(time.monotonic()))
+            while self._outbox:
+                self._send(*self._outbox.popleft())
+            self._hear()
+        self._socket.close()
+
+    def _hear(self) -> None:
+        for _ in range(RECEIVE_MAX):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
             if len(frames) != 2:
                 continue
             try:
                 message = _decode(frames[1])
             except MALFORMED as error:
                 log.warning("malformed control frame", extra={"error": str(error)})
+                if foreign := _foreign(frames[1]):
+                    self._send(frames[0], foreign)
                 continue
-            self._socket.send_multipart([frames[0], _encode(self._answer(message))])
-        self._socket.close()
+            for to, answer in self._answer(frames[0], message):
+                self._send(to, answer)
 
-    def _answer(self, message: ToSender) -> ToReceiver:
+    def _send(self, to: bytes, message: ToReceiver) -> None:
+        try:
+            self._socket.send_multipart([to, _encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # It takes no more, or is gone: its lease ends by itself.
+            log.warning("control frame not sent", extra={"error": str(error)})
+
+    def _answer(self, of: bytes, message: Open | Follow | Renew | Release) -> Messages:
         if isinstance(message, Open):
-            return self._opened(message)
-        if message.epoch != self._epoch:
-            reason = f"sender is of epoch {self._epoch}, the ticket of {message.epoch}"
-            return Gone(message.seq, message.handle, reason)
+            return [(of, self._opened(message))]
         now = time.monotonic()
         with self._lock:
+            if isinstance(message, Follow):
+                return self._book.follow(of, message, now)
             if isinstance(message, Renew):
-                left = self._leases.renew(message.handle, now)
-            else:
-                left = self._leases.release(message.handle, now)
-                if left is not None:
-                    self._ended.append(message.handle)
-        if left is None:
-            return Gone(message.seq, message.handle, "the lease has ended")
-        return Held(message.seq, message.handle, left)
+                return self._book.renew(of, message, now)
+            self._book.release(message)
+        return []
 
     def _opened(self, message: Open) -> ToReceiver:
-        region = self._region
-        ours, theirs = (VERSION, region.kv_digest), (message.version, message.kv_digest)
-        if ours != theirs:
-            return Rejected(message.seq, f"sender has version, layout {ours}, receiver {theirs}")
+        offered = self._offered
+        if message.version != VERSION:
+            return Rejected(message.seq, _other_version(message.version))
+        if reason := refusal(offered.layout, message.layout):
+            return Rejected(message.seq, reason)
         return Opened(
-            message.seq, self._epoch, region.kv_digest, region.transport, region.description
+            message.seq,
+            self._epoch,
+            offered.layout,
+            self._lease_s,
+            offered.checksums,
+            offered.regions,
         )
 
 
+def _foreign(frame: bytes) -> Rejected | None:
+    """To an `Open` of another version, of whose other fields nothing is known."""
+    try:
+        match msgspec.msgpack.decode(frame):
+            case ["Open", int(seq), int(version), *_] if version != VERSION:
+                return Rejected(seq, _other_version(version))
+    except MALFORMED:
+        pass
+    return None
+
+
+def _other_version(version: int) -> str:
+    return f"sender speaks handoff version {VERSION}, receiver {version}"
+
+
 def release_frame(epoch: str, handle: str) -> bytes:
-    """A `Release` that needs no answer."""
-    return _encode(Release(0, epoch, handle))
+    """A `Release` from outside: nobody (else) will come for it."""
+    return _encode(Release(epoch, handle))

@@ -1,7 +1,7 @@
 """vLLM's connector interface over the handoff's two halves.
 
-Scheduler side (`vllm_scheduler`): matches tickets, grants leases, answers receivers.
-Worker side (`vllm_worker`): owns the KV memory, pulls.
+Scheduler side (`vllm_scheduler`): knows what is computed and wanted, keeps leases, tells receivers.
+Worker side (`vllm_worker`): owns the KV memory, checks what it computed, pulls.
 
 Loaded by vLLM through `kv_connector_module_path`.
 """
@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from kvtransfer.vllm_records import HandoffStats, StepPlan, WorkerFacts
+from kvtransfer.vllm_records import HandoffStats, StepPlan, StepReport, WorkerFacts
 from kvtransfer.vllm_scheduler import SchedulerHalf
 from kvtransfer.vllm_worker import WorkerHalf
 
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 
@@ -41,8 +42,8 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         parallel = vllm_config.parallel_config
-        if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
-            raise ValueError("TandemConnector moves the KV of one rank only, so far")
+        if parallel.pipeline_parallel_size > 1:
+            raise ValueError("TandemConnector does not serve pipeline-parallel engines, so far")
         if len(kv_cache_config.kv_cache_groups) != 1:
             raise ValueError("TandemConnector moves one KV cache group only, so far")
         self._scheduler_half: SchedulerHalf | None = None
@@ -67,9 +68,16 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def set_xfer_handshake_metadata(
         self, metadata: dict[int, KVConnectorHandshakeMetadata]
     ) -> None:
-        facts = metadata[0]
-        assert isinstance(facts, WorkerFacts)
+        facts = {rank: f for rank, f in metadata.items() if isinstance(f, WorkerFacts)}
+        assert len(facts) == len(metadata), "every rank registers its own memory"
         self._scheduler.open(facts)
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._scheduler.bind(kv_cache_manager)
+
+    def on_new_request(self, request: Request) -> None:
+        self._scheduler.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -82,7 +90,7 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self._scheduler.plan()
+        return self._scheduler.plan(scheduler_output)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -94,6 +102,9 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduler.finished(request, block_ids[0])
 
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self._scheduler.reported(connector_output)
+
     # ------------------------------------------------------------ worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -102,10 +113,14 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._worker.facts
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        # Not in `start_load_kv`, which comes after the step: pulls go on beside it.
+        assert isinstance(connector_metadata, StepPlan)
+        self._worker.begin(connector_metadata)
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        plan = self._get_connector_metadata()
-        assert isinstance(plan, StepPlan)
-        self._worker.begin(plan)
+        """Nothing: see `bind_connector_metadata`."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: a request runs only once its whole prompt has arrived."""
@@ -121,6 +136,9 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_failed_blocks()
+
+    def build_connector_worker_meta(self) -> StepReport | None:
+        return self._worker.report()
 
     # ------------------------------------------------------------ both
 

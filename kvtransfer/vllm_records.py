@@ -3,48 +3,74 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+
+if TYPE_CHECKING:
+    from kvtransfer.connection import Order
+    from kvtransfer.protocol import Layout, Region
 
 
 @dataclass
 class WorkerFacts(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """The KV memory, once it is registered."""
+    """One rank's KV memory, once it is registered."""
 
-    kv_digest: str
-    transport: str
-    description: bytes
+    layout: Layout
+    regions: list[Region]
     block_bytes: int
-    """One block over all layers."""
+    """One block of this rank's over all layers."""
+    huge_bytes: int
+    """Of this rank's KV memory, on huge pages."""
 
 
 @dataclass
-class PullOrder:
-    """No blocks: the ticket is released unread."""
+class Computed:
+    """Blocks of a prompt that a step completes, in the prompt's order."""
 
-    request_id: str
-    ticket: bytes
-    local_block_ids: list[int]
-    remote_block_ids: list[int]
-    tokens: int
+    handle: str
+    generation: int
+    first: int
+    block_ids: list[int]
+    sums: list[int | None] = field(default_factory=list)
+    """Set by the worker half, after the step."""
 
 
 @dataclass
 class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
     """Scheduler to worker, at each step."""
 
-    pulls: list[PullOrder] = field(default_factory=list)
+    pulls: list[Order] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    """Requests whose pull nobody wants any more."""
+    computed: list[Computed] = field(default_factory=list)
     sent: list[str] = field(default_factory=list)
     """Requests whose lease has ended: their blocks may go."""
+    idle: bool = False
+    """The step computes nothing: it may wait a little for a pull to end."""
+
+
+@dataclass
+class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """Worker to scheduler, after each step that has something to tell."""
+
+    computed: list[Computed] = field(default_factory=list)
+    """By all ranks: those of the first alone are announced, once all have reported."""
+    first_tokens: dict[str, int] = field(default_factory=dict)
+    """By request: the token that the sender sampled for the client."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, StepReport)
+        return StepReport(self.computed, {**self.first_tokens, **other.first_tokens})
 
 
 class HandoffStats(KVConnectorStats):  # type: ignore[misc]
-    """`pulls`: [request id, tokens, bytes, seconds, error or None] each; the rest are facts."""
+    """`pulls`: one map each (`kvtransfer.vllm_worker`); the rest are facts."""
 
     data: dict[str, Any]
 
@@ -63,6 +89,6 @@ class HandoffStats(KVConnectorStats):  # type: ignore[misc]
         pulls = self.data.get("pulls", [])
         return {
             "pulls": len(pulls),
-            "pulls_failed": sum(p[4] is not None for p in pulls),
-            "bytes": sum(p[2] for p in pulls),
+            "pulls_failed": sum(p["error"] is not None for p in pulls),
+            "bytes": sum(p["bytes"] for p in pulls),
         }

@@ -1,29 +1,44 @@
-"""The connector's half in vLLM's scheduler: tickets in, leases out."""
+"""The connector's half in vLLM's scheduler: what is computed, what is wanted, what is kept."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from vllm.v1.request import RequestStatus
 
-from kvtransfer.core.manifest import (
-    Expectation,
-    TicketUnreadable,
-    chain_tail,
-    decode_ticket,
-    mismatch,
-)
-from kvtransfer.protocol import VERSION, Ticket
-from kvtransfer.sender import LeaseServer, Region
-from kvtransfer.vllm_records import HandoffStats, PullOrder, StepPlan
+from kvtransfer.connection import Order
+from kvtransfer.core.manifest import chain
+from kvtransfer.protocol import LINK_BYTES, Manifest
+from kvtransfer.sender import Offered, Sender
+from kvtransfer.vllm_records import Computed, HandoffStats, StepPlan, StepReport
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
     from kvtransfer.vllm_records import WorkerFacts
+
+
+@dataclass(slots=True)
+class _Produced:
+    """One prompt that is computed for a receiver."""
+
+    request: Request
+    handle: str
+    links: bytes
+    generation: int = 0
+    planned: int = 0
+    """Blocks of this generation that some step completes, the present one included."""
+    manifest: Manifest | None = None
+    """Set when the request has finished; sealed once every block is announced."""
+
+    @property
+    def blocks(self) -> int:
+        return len(self.links) // LINK_BYTES
 
 
 class SchedulerHalf:
@@ -34,135 +49,224 @@ class SchedulerHalf:
         self._host: str = extra("host", "127.0.0.1")
         self._epoch: str = extra("epoch", "")
         self._model_digest: str = extra("model_digest", "")
+        self._tokenizer_digest: str = extra("tokenizer_digest", "")
         self._lease_s = float(extra("lease_s", 30.0))
+        self._checksums: str = extra("checksums", "sampled")
         self._block_tokens: int = vllm_config.cache_config.block_size
         self._facts: WorkerFacts | None = None
-        self._leases: LeaseServer | None = None
-        self._sending: dict[str, str] = {}
-        """Handle -> request whose blocks it keeps."""
-        self._tickets: dict[str, Ticket] = {}
-        """Checked tickets by request, from match to allocation."""
-        self._pulls: list[PullOrder] = []
-        self._failures: list[list[Any]] = []
+        self._block_bytes = 0
+        self._blocks: KVCacheManager | None = None
+        self._sender: Sender | None = None
+        self._produced: dict[str, _Produced] = {}
+        """By request, while it is computed and until it is sealed."""
+        self._kept: dict[str, str] = {}
+        """Sealed handle -> request whose blocks it keeps."""
+        self._pulling: dict[str, Request] = {}
+        self._pulls: list[Order] = []
+        self._cancelled: list[str] = []
 
-    def open(self, facts: WorkerFacts) -> None:
-        """The worker half has registered its memory: receivers may come."""
-        self._facts = facts
-        region = Region(facts.kv_digest, facts.transport, facts.description)
-        self._leases = LeaseServer(self._host, self._epoch, self._lease_s, region)
+    def open(self, facts: dict[int, WorkerFacts]) -> None:
+        """The worker halves have registered their memory: receivers may come."""
+        ranks = [facts[rank] for rank in sorted(facts)]
+        self._facts = ranks[0]
+        self._block_bytes = sum(f.block_bytes for f in ranks)
+        offered = Offered(ranks[0].layout, self._checksums, [f.regions for f in ranks])
+        self._sender = Sender(self._host, self._epoch, self._lease_s, offered)
+
+    def bind(self, blocks: KVCacheManager) -> None:
+        self._blocks = blocks
 
     def close(self) -> None:
-        if self._leases is not None:
-            self._leases.close()
+        if self._sender is not None:
+            self._sender.close()
 
     # ------------------------------------------------------------ receiving
 
     def match(self, request: Request, computed: int) -> tuple[int, bool]:
-        """How many prompt tokens beyond `computed` the ticket brings. A bad one brings none."""
-        content = _param(request, "tandem_ticket")
-        if content is None:
+        """How many prompt tokens beyond `computed` the handoff will bring: all of them."""
+        if _param(request, "tandem_fetch") is None:
             return 0, False
-        try:
-            ticket = decode_ticket(content)
-        except TicketUnreadable as error:
-            self._refuse(request, str(error))
-            return 0, False
-        if reason := mismatch(ticket, self._expectation(request)):
-            self._refuse(request, reason)
-            return 0, False
-        if computed // self._block_tokens >= len(ticket.block_ids):
-            return 0, False
-        self._tickets[request.request_id] = ticket
         return request.num_prompt_tokens - computed, True
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
-        """The engine has reserved blocks. The ticket is single use: it is spent here."""
-        content = _param(request, "tandem_ticket")
-        if content is None:
+        """The engine has reserved blocks. A handle is single use: it is spent here."""
+        fetch = _param(request, "tandem_fetch")
+        if fetch is None or not external:
             return
-        request.kv_transfer_params["tandem_ticket"] = None
-        ticket = self._tickets.pop(request.request_id, None)
-        order = PullOrder(request.request_id, content, [], [], external)
-        if ticket is not None and external:
-            cached = (request.num_prompt_tokens - external) // self._block_tokens
-            order.remote_block_ids = ticket.block_ids[cached:]
-            free = blocks.get_unhashed_block_ids()
-            order.local_block_ids = free[: len(order.remote_block_ids)]
-            assert len(order.local_block_ids) == len(order.remote_block_ids), "blocks are missing"
-        self._pulls.append(order)
-
-    def _refuse(self, request: Request, reason: str) -> None:
-        request.kv_transfer_params["tandem_ticket"] = None
-        self._failures.append([request.request_id, 0, 0, 0.0, reason])
-
-    def _expectation(self, request: Request) -> Expectation:
-        assert self._facts is not None
-        return Expectation(
-            kv_digest=self._facts.kv_digest,
-            model_digest=self._model_digest,
-            block_tokens=self._block_tokens,
-            num_tokens=request.num_prompt_tokens,
-            chain=self._chain(request),
+        request.kv_transfer_params["tandem_fetch"] = None
+        (ids,) = blocks.get_block_ids()
+        self._pulling[request.request_id] = request
+        self._pulls.append(
+            Order(
+                request_id=request.request_id,
+                handle=fetch["handle"],
+                epoch=fetch["epoch"],
+                endpoint=fetch["endpoint"],
+                token_ids=list(request.prompt_token_ids),
+                salt=request.cache_salt,
+                lora=_lora(request),
+                model_digest=self._model_digest,
+                tokenizer_digest=self._tokenizer_digest,
+                cached_tokens=request.num_prompt_tokens - external,
+                local_blocks=list(ids),
+            )
         )
 
+    def _adopt(self, request: Request, token: int) -> None:
+        """Go on from a first token that the client has from the sender already.
+
+        It joins the prompt, which for these requests makes no difference to what follows
+        (docs/handoff.md has the rule), and the request has one token less to generate.
+        """
+        request.prompt_token_ids.append(token)
+        request._all_token_ids.append(token)
+        request.num_prompt_tokens += 1
+        request.update_block_hashes()
+        request.max_tokens -= 1
+        params = request.sampling_params
+        params.max_tokens = request.max_tokens
+        params.min_tokens = max(0, params.min_tokens - 1)
+
     # ------------------------------------------------------------ sending
+
+    def arrived(self, request: Request) -> None:
+        """A request was queued: whoever follows its handle may know."""
+        produce = _param(request, "tandem_produce")
+        if not produce:
+            return
+        assert self._sender is not None
+        links = chain(
+            request.prompt_token_ids,
+            self._block_tokens,
+            salt=request.cache_salt,
+            lora=_lora(request),
+        )
+        if self._sender.expect(produce["handle"], links):
+            self._produced[request.request_id] = _Produced(request, produce["handle"], links)
 
     def finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Whether to keep a finished request's blocks, and the ticket to them."""
-        self._tickets.pop(request.request_id, None)
-        if not _param(request, "tandem_produce"):
+        """Whether to keep a finished request's blocks."""
+        if self._pulling.pop(request.request_id, None) is not None:
+            self._cancelled.append(request.request_id)
+        produced = self._produced.get(request.request_id)
+        if produced is None:
             return False, None
-        if request.status != RequestStatus.FINISHED_LENGTH_CAPPED:
+        assert self._sender is not None
+        capped = request.status == RequestStatus.FINISHED_LENGTH_CAPPED
+        if not capped or not _param(request, "tandem_produce")["keep"]:
+            del self._produced[request.request_id]
+            self._sender.cancel(produced.handle, f"the prefill ended with {request.status.name}")
             return False, None
-        assert self._facts is not None
-        assert self._leases is not None
-        handle = self._leases.grant()
-        self._sending[handle] = request.request_id
-        blocks = -(-request.num_prompt_tokens // self._block_tokens)
-        ticket = Ticket(
-            version=VERSION,
-            epoch=self._epoch,
-            handle=handle,
-            endpoints=[self._leases.endpoint],
-            kv_digest=self._facts.kv_digest,
-            model_digest=self._model_digest,
+        relay = _param(request, "tandem_produce")["relay"]
+        produced.manifest = Manifest(
             num_tokens=request.num_prompt_tokens,
-            block_ids=block_ids[:blocks],
-            chain=self._chain(request),
+            blocks=produced.blocks,
+            chain=produced.links[-LINK_BYTES:],
+            model_digest=self._model_digest,
+            tokenizer_digest=self._tokenizer_digest,
+            first_token=request.output_token_ids[0] if relay else None,
         )
-        return True, {"tandem_ticket": msgspec.msgpack.encode(ticket)}
+        self._seal_if_whole(produced)
+        return True, None
 
-    def _chain(self, request: Request) -> bytes:
-        lora = request.lora_request.lora_name if request.lora_request else None
-        return chain_tail(
-            request.prompt_token_ids, self._block_tokens, salt=request.cache_salt, lora=lora
-        )
+    def _seal_if_whole(self, produced: _Produced) -> None:
+        assert self._sender is not None
+        handle = produced.handle
+        whole = self._sender.computed(handle, produced.generation, [], []) == produced.blocks
+        if produced.manifest is not None and whole:
+            request_id = produced.request.request_id
+            del self._produced[request_id]
+            self._kept[handle] = request_id
+            self._sender.seal(handle, produced.manifest)
 
     # ------------------------------------------------------------ every step
 
-    def plan(self) -> StepPlan:
+    def plan(self, scheduled: SchedulerOutput) -> StepPlan:
         """What the worker half must do now."""
-        plan = StepPlan(pulls=self._pulls)
-        self._pulls = []
-        if self._leases is not None:
-            for handle in self._leases.ended():
-                plan.sent.append(self._sending.pop(handle))
+        plan = StepPlan(
+            pulls=self._pulls,
+            cancelled=self._cancelled,
+            idle=not scheduled.total_num_scheduled_tokens,
+        )
+        self._pulls, self._cancelled = [], []
+        if self._sender is not None:
+            plan.sent = [self._kept.pop(handle) for handle in self._sender.ended()]
+        if self._produced:
+            self._plan_computed(plan, scheduled)
         return plan
 
+    def _plan_computed(self, plan: StepPlan, scheduled: SchedulerOutput) -> None:
+        assert self._blocks is not None
+        assert self._sender is not None
+        resumed = scheduled.scheduled_cached_reqs.resumed_req_ids
+        begun = {r.req_id: r.num_computed_tokens for r in scheduled.scheduled_new_reqs}
+        cached = scheduled.scheduled_cached_reqs
+        begun |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id, tokens in scheduled.num_scheduled_tokens.items():
+            produced = self._produced.get(request_id)
+            if produced is None:
+                continue
+            if request_id in resumed:  # Its blocks went with the preemption.
+                produced.generation += 1
+                produced.planned = 0
+                self._sender.restart(produced.handle, produced.generation)
+            after = begun[request_id] + tokens
+            whole = after >= produced.request.num_prompt_tokens
+            blocks = produced.blocks if whole else after // self._block_tokens
+            if blocks > produced.planned:
+                ids = self._blocks.get_block_ids(request_id)[0][produced.planned : blocks]
+                plan.computed.append(
+                    Computed(produced.handle, produced.generation, produced.planned, ids)
+                )
+                produced.planned = blocks
+
+    def reported(self, output: KVConnectorOutput) -> None:
+        """A step is over: announce what it completed, go on with what has arrived."""
+        report = output.kv_connector_worker_meta
+        if isinstance(report, StepReport):
+            by_handle = {p.handle: p for p in self._produced.values()}
+            for done in report.computed:
+                assert self._sender is not None
+                self._sender.computed(done.handle, done.generation, done.block_ids, done.sums)
+                if produced := by_handle.get(done.handle):
+                    self._seal_if_whole(produced)
+            for request_id, token in report.first_tokens.items():
+                if request := self._pulling.get(request_id):
+                    self._adopt(request, token)
+        for request_id in output.finished_recving or ():
+            self._pulling.pop(request_id, None)
+
     def take_stats(self) -> HandoffStats:
-        failures, self._failures = self._failures, []
-        facts = self._facts
+        facts, sender = self._facts, self._sender
         return HandoffStats(
             {
-                "pulls": failures,
-                "leases_open": len(self._sending),
-                "kv_digest": facts.kv_digest if facts else "",
-                "block_bytes": facts.block_bytes if facts else 0,
-                "transport": facts.transport if facts else "",
+                "pulls": [],
+                "leases_open": sender.leases_open if sender else 0,
+                "leases_expired": sender.leases_expired_total if sender else 0,
+                "endpoint": sender.endpoint if sender else "",
+                "layout": _family(facts) if facts else "",
+                "block_bytes": self._block_bytes,
+                "transports": [r.transport for r in facts.regions] if facts else [],
+                "huge_bytes": facts.huge_bytes if facts else 0,
             }
         )
+
+
+def _family(facts: WorkerFacts) -> str:
+    """What two workers must have in common to hand off at all: told to the router."""
+    layout = facts.layout
+    parts = [layout.content, layout.dtype, layout.kv_heads, layout.head_token_bytes]
+    if not layout.by_head:
+        parts.append(f"ranks {layout.ranks}")
+    if not layout.by_token:
+        parts.append(f"blocks {layout.block_tokens}")
+    return "/".join(str(p) for p in parts)
+
+
+def _lora(request: Request) -> str | None:
+    return request.lora_request.lora_name if request.lora_request else None
 
 
 def _param(request: Request, name: str) -> Any:

@@ -1,83 +1,132 @@
-"""The connector's half in vLLM's worker: the KV memory, and the pulls into it."""
+"""The connector's half in vLLM's worker: the KV memory, its checksums, and the pulls into it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from kvtransfer.core.manifest import decode_ticket
-from kvtransfer.receiver import Pulled, Receiver, Timeouts
-from kvtransfer.transports.ucx import NAME, Segment, UcxMemory, UcxOffer
-from kvtransfer.vllm_records import HandoffStats, PullOrder, StepPlan, WorkerFacts
+from kvtransfer import checksums, huge_pages
+from kvtransfer.protocol import Layout, Region
+from kvtransfer.receiver import Mine, Order, Pulled, Receiver, Timeouts
+from kvtransfer.transports.api import Memory, Segment
+from kvtransfer.transports.choose import PREFERRED, available
+from kvtransfer.vllm_records import HandoffStats, StepPlan, StepReport, WorkerFacts
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
 
+    from kvtransfer.transports.api import Offer
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 0.01
+"""How long a step without work waits for a pull: as long may a new request wait for its step."""
+
 
 class WorkerHalf:
-    """Lives in the process that holds the KV cache."""
+    """Lives in each process that holds a part of the KV cache."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         extra = vllm_config.kv_transfer_config.get_from_extra_config
+        self._config = vllm_config
         self._timeouts = Timeouts(
-            answer_s=float(extra("connect_timeout_s", 5.0)),
+            answer_s=float(extra("answer_timeout_s", 5.0)),
             read_s=float(extra("read_timeout_s", 30.0)),
         )
-        self._block_tokens: int = vllm_config.cache_config.block_size
+        self._names: list[str] = [n for n in extra("transports", "").split(",") if n]
+        self._host: str = extra("host", "127.0.0.1")
+        self._mode = checksums.Mode(extra("checksums", "sampled"))
         self.facts: WorkerFacts | None = None
+        self._memory: Memory | None = None
         self._receiver: Receiver | None = None
-        self._offer: UcxOffer | None = None
-        self._orders: dict[str, PullOrder] = {}
+        self._offers: list[Offer] = []
+        self._plan = StepPlan()
+        self._orders: dict[str, Order] = {}
+        self._cancelled: set[str] = set()
         self._sent: set[str] = set()
         self._failed_blocks: set[int] = set()
-        self._pulls: list[list[Any]] = []
+        self._first_tokens: dict[str, int] = {}
+        self._pulls: list[dict[str, Any]] = []
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Offer the engine's KV memory: tensors of (blocks, …), one a layer."""
-        segments = [_segment(tensor) for tensor in kv_caches.values()]
-        memory = UcxMemory(segments)
-        self._offer = UcxOffer(memory)
-        self.facts = WorkerFacts(
-            kv_digest=_digest(kv_caches, self._block_tokens),
-            transport=NAME,
-            description=self._offer.description,
-            block_bytes=sum(s.block_bytes for s in segments),
-        )
-        self._receiver = Receiver(memory, self.facts.kv_digest, self._timeouts)
+        """Offer the engine's KV memory: tensors of (blocks, …), one a layer.
+
+        Raises ValueError when no transport can serve it.
+        """
+        tensors = list(kv_caches.values())
+        self._memory = memory = Memory(
+            tuple(_segment(t) for t in tensors), _device(tensors[0])
+        )  # fmt: skip
+        huge = huge_pages.advise(memory)
+        transports = available(memory, self._names or PREFERRED, host=self._host)
+        if not transports:
+            raise ValueError(f"no KV transport can be used here: {self._names or PREFERRED}")
+        blocks = memory.segments[0].blocks
+        regions = []
+        for transport in transports:
+            offer = transport.offer(memory)
+            self._offers.append(offer)
+            regions.append(Region(transport.name, offer.description, blocks))
+        layout = _layout(kv_caches, self._config)
+        block_bytes = sum(s.block_bytes for s in memory.segments)
+        self.facts = WorkerFacts(layout, regions, block_bytes, huge)
+        parallel = self._config.parallel_config
+        rank = parallel.rank % parallel.tensor_parallel_size
+        self._receiver = Receiver(Mine(memory, layout, rank, transports), self._timeouts)
+
+    # ------------------------------------------------------------ a step
 
     def begin(self, plan: StepPlan) -> None:
-        """Start what the scheduler half ordered; nothing here waits."""
+        """Before the step: start what the scheduler half ordered; nothing here waits."""
         assert self._receiver is not None
+        self._plan = plan
         self._sent.update(plan.sent)
         for order in plan.pulls:
-            if order.local_block_ids:
-                self._orders[order.request_id] = order
-            self._receiver.start(
-                order.request_id,
-                decode_ticket(order.ticket),
-                order.local_block_ids,
-                order.remote_block_ids,
-            )
+            self._orders[order.request_id] = order
+            self._receiver.start(order)
+        for request_id in plan.cancelled:
+            self._cancelled.add(request_id)
+            self._receiver.cancel(request_id)
 
     def results(self) -> KVConnectorTransferResults:
-        """Requests whose blocks were sent, or have arrived, or never will."""
+        """After the step: requests whose blocks were sent, or have arrived, or never will."""
         assert self._receiver is not None
         results = KVConnectorTransferResults(finished_sending=self._sent)
         self._sent = set()
-        for pulled in self._receiver.poll():
-            order = self._orders.pop(pulled.request_id, None)
-            if order is None:
-                continue  # Released unread.
+        # With nothing to compute, waiting here is what keeps the engine from spinning.
+        wait_s = IDLE_WAIT_S if self._plan.idle and self._orders else 0.0
+        for pulled in self._receiver.ended(wait_s):
+            order = self._orders.pop(pulled.request_id)
             results.finished_recving.add(pulled.request_id)
             if pulled.error is not None:
                 results.failed_recving.add(pulled.request_id)
-                self._failed_blocks.update(order.local_block_ids)
-            self._pulls.append(self._account(order, pulled))
+                if pulled.request_id not in self._cancelled:  # Those are freed, not recomputed.
+                    own = order.local_blocks[order.cached_tokens // self._block_tokens :]
+                    self._failed_blocks.update(own)
+            self._cancelled.discard(pulled.request_id)
+            if pulled.first_token is not None:
+                self._first_tokens[pulled.request_id] = pulled.first_token
+            self._pulls.append(_account(order, pulled))
         return results
+
+    def report(self) -> StepReport | None:
+        """After the step: what it computed, with checksums, and first tokens that have come."""
+        computed, tokens = self._plan.computed, self._first_tokens
+        self._plan = StepPlan()
+        if not computed and not tokens:
+            return None
+        self._first_tokens = {}
+        assert self._memory is not None
+        if self._memory.device != "cpu":
+            _await_device(self._memory.device)
+        for done in computed:
+            done.sums = self._sums(done.handle, done.block_ids, done.first)
+        return StepReport(computed, tokens)
 
     def take_failed_blocks(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()
@@ -92,15 +141,47 @@ class WorkerHalf:
     def close(self) -> None:
         if self._receiver is not None:
             self._receiver.close()
-        if self._offer is not None:
-            self._offer.close()
+        for offer in self._offers:
+            offer.close()
 
-    def _account(self, order: PullOrder, pulled: Pulled) -> list[Any]:
-        assert self.facts is not None
-        if pulled.error is not None:
-            return [order.request_id, 0, 0, pulled.seconds, pulled.error]
-        moved = pulled.blocks * self.facts.block_bytes
-        return [order.request_id, order.tokens, moved, pulled.seconds, None]
+    @property
+    def _block_tokens(self) -> int:
+        return int(self._config.cache_config.block_size)
+
+    def _sums(self, handle: str, blocks: list[int], first: int) -> list[int | None]:
+        if self._mode is checksums.Mode.OFF:
+            return []
+        assert self._memory is not None
+        return list(
+            checksums.sums(self._memory, blocks, self._mode, handle.encode(), first=first)
+        )  # fmt: skip
+
+
+def _account(order: Order, pulled: Pulled) -> dict[str, Any]:
+    """One pull, for the worker's metrics and the router's records."""
+    failed = pulled.error is not None
+    return {
+        "request_id": order.request_id,
+        "error": pulled.error,
+        "mismatched": pulled.mismatched,
+        "transport": pulled.transport,
+        "tokens": 0 if failed else len(order.token_ids) - order.cached_tokens,
+        "bytes": 0 if failed else pulled.bytes,
+        "seconds": pulled.read_s,
+        "hidden_s": pulled.hidden_s,
+        "first_token": pulled.first_token,
+    }
+
+
+def _await_device(device: str) -> None:
+    """Kernels may still run when a step's call returns; what is announced must be there."""
+    import torch
+
+    torch.cuda.current_stream(device).synchronize()
+
+
+def _device(tensor: torch.Tensor) -> str:
+    return "cpu" if tensor.device.type == "cpu" else str(tensor.device)
 
 
 def _segment(tensor: torch.Tensor) -> Segment:
@@ -118,8 +199,26 @@ def _segment(tensor: torch.Tensor) -> Segment:
     )
 
 
-def _digest(kv_caches: dict[str, torch.Tensor], block_tokens: int) -> str:
-    """Of all that must be equal for a block's bytes to mean the same: not of how many there are."""
-    layers = [[name, str(t.dtype), list(t.shape[1:])] for name, t in kv_caches.items()]
-    content = json.dumps(["tandem kv 1", block_tokens, layers])
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+def _layout(kv_caches: dict[str, torch.Tensor], config: VllmConfig) -> Layout:
+    """How this memory is cut. What is not known to be apart is taken to be one piece."""
+    block_tokens = int(config.cache_config.block_size)
+    ranks = config.parallel_config.tensor_parallel_size
+    heads = config.model_config.get_total_num_kv_heads()
+    held = max(1, heads // ranks)
+    first = next(iter(kv_caches.values()))
+    shape = tuple(first.shape[1:])
+    by_head = first.ndim == 4 and shape[0] == held
+    backends = [str(first.device.type), list(shape[1:]) if by_head else list(shape)]
+    content = json.dumps(["tandem kv 2", sorted(kv_caches), backends])
+    return Layout(
+        content=hashlib.sha256(content.encode()).hexdigest()[:32],
+        dtype=str(first.dtype),
+        layers=len(kv_caches),
+        kv_heads=heads,
+        head_token_bytes=first[0].numel() * first.element_size() // (held * block_tokens),
+        block_tokens=block_tokens,
+        ranks=ranks,
+        by_head=by_head,
+        # The CPU's attention kernels pack a block's tokens in an order of their own.
+        by_token=False,
+    )

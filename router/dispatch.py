@@ -7,7 +7,8 @@ runs behind HTTP and in the simulator.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -17,20 +18,31 @@ from router.core.errors import NoWorkers, Overloaded
 from router.core.fleet import Fleet
 from router.core.placement import Prompt, place
 from router.journal import Journal
-from workers.api import Abort, Batch, Delta, Finish, Generate, Phase, Release
+from workers.api import Abort, Batch, Delta, Finish, Generate, Phase, Release, make_ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from router.core.errors import RouterError
+    from router.core.placement import Placement
     from workers.api import ToWorker, WorkerHello
 
 log = logging.getLogger(__name__)
 
 REQUESTS_MAX = 20_000
 """Live requests a router holds; beyond, it answers 503."""
+PREFILL_SUFFIX = "/p"
 STUCK_S = 600.0
 """A request without any progress for this long is failed."""
+
+
+class Reserve(StrEnum):
+    """When the decode worker sets blocks aside for a prompt that another computes."""
+
+    AT_DISPATCH = "at_dispatch"
+    """At once: what is computed is read while the rest is being computed."""
+    AT_PREFILL_DONE = "at_prefill_done"
+    """Afterwards: its memory serves others meanwhile, and the whole prompt is read at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,10 @@ class Ask:
     cache_salt: str | None = None
     lora_name: str | None = None
     priority: int = 0
+    relay: bool = False
+    """The prefill worker may sample the first token: what follows stays what it would be."""
+    generated: int = 0
+    """Tokens at the prompt's end that the client has already."""
     name: str = ""
     """What the client calls the request; for `explain`, several asks may share it."""
 
@@ -64,6 +80,9 @@ class _Live:
     state: life.State
     progress_at: float
     wire_id: str = ""
+    """Of this attempt's decode phase; its prefill phase has `PREFILL_SUFFIX` behind it."""
+    relayed: int | None = None
+    """The first token, while the client has it from the prefill worker alone."""
     prompt_extras: bytes | None = None
     cached_tokens: int | None = None
     """Of the prefill worker: what its cache saved this request."""
@@ -86,8 +105,10 @@ class Dispatch:
         sink: Sink,
         clock: Callable[[], float],
         journal: Journal | None = None,
+        reserve: Reserve = Reserve.AT_DISPATCH,
     ) -> None:
         self.fleet = Fleet()
+        self._reserve = reserve
         self.journal = journal or Journal()
         self._send = send
         self._sink = sink
@@ -173,21 +194,46 @@ class Dispatch:
 
     def _on_delta(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
         now = live.progress_at
+        prefill = delta.request_id.endswith(PREFILL_SUFFIX)
         match delta.finish:
-            case Finish.PREFILLED:
-                assert delta.ticket is not None, "a finished prefill has a ticket"
-                live.prompt_extras = delta.extras
-                live.cached_tokens = delta.cached_tokens
-                self._advance(live, life.PrefillDone(delta.ticket), now)
             case Finish.ERROR | Finish.REFUSED | Finish.ABORT:
                 reason = delta.error or f"it ended with {delta.finish}"
-                self._advance(live, life.Failed(reason, elsewhere=True), now)
+                self._advance(live, life.Failed(worker_id, reason, elsewhere=True), now)
             case Finish.INVALID:
-                self._advance(live, life.Failed(delta.error or "", elsewhere=False), now)
+                reason = delta.error or ""
+                self._advance(live, life.Failed(worker_id, reason, elsewhere=False), now)
+            case finish if prefill:
+                if finish is None or not isinstance(live.state, life.Prefilling):
+                    return  # The decode worker was heard first, and said it all.
+                live.prompt_extras = delta.extras
+                live.cached_tokens = delta.cached_tokens
+                if delta.token_ids:
+                    live.relayed = delta.token_ids[0]
+                    done = finish is Finish.PREFILLED
+                    told = msgspec.structs.replace(
+                        delta, finish=None if done else finish, extras=None, cached_tokens=None
+                    )
+                    self._gather(live, worker_id, told, step)
+                if finish is Finish.PREFILLED:
+                    relayed = bool(delta.token_ids)
+                    self._advance(live, life.PrefillDone(delta.ticket, relayed), now)
+                else:
+                    self._advance(live, life.PrefillWasAll(), now)
             case _:
-                ended = delta.finish is not None
-                self._gather(live, worker_id, delta, step)
-                self._advance(live, life.Tokens(len(delta.token_ids), ended), now)
+                self._on_tokens(live, worker_id, delta, step)
+
+    def _on_tokens(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
+        now, ended = live.progress_at, delta.finish is not None
+        if live.relayed is not None and delta.token_ids:
+            if delta.token_ids[0] != live.relayed:
+                # It computed the prompt itself, after all, and fell on another token.
+                reason = f"{worker_id} did not go on from the first token"
+                self._advance(live, life.Failed(worker_id, reason, elsewhere=True), now)
+                return
+            live.relayed = None
+            delta = msgspec.structs.replace(delta, token_ids=delta.token_ids[1:])
+        self._gather(live, worker_id, delta, step)
+        self._advance(live, life.Tokens(len(delta.token_ids), ended), now)
 
     def _gather(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
         request_id = live.ask.request_id
@@ -224,20 +270,34 @@ class Dispatch:
             case life.Deliver():
                 pass  # Gathered by `_on_delta`: the sink is told once a batch.
             case life.Place():
+                self._go_on_from(live)
                 self._place(live, effect, now)
-            case life.SendPrefill(worker):
-                self._generate(live, worker, Phase.PREFILL, None)
+            case life.SendPrefill(worker, ticket):
+                self._generate(live, worker, Phase.PREFILL, ticket)
             case life.SendDecode(worker, ticket):
                 self._generate(live, worker, Phase.DECODE, ticket)
             case life.SendBoth(worker):
                 self._generate(live, worker, Phase.BOTH, None)
             case life.AbortOn(worker):
-                self._send(worker, Abort([live.wire_id]))
+                self._send(worker, Abort([live.wire_id, live.wire_id + PREFILL_SUFFIX]))
             case life.ReleaseKV():
                 self._release(effect)
             case life.FailClient(error):
                 self.journal.failed(live.ask.request_id, error)
                 self._sink.fail(live.ask.request_id, error)
+
+    def _go_on_from(self, live: _Live) -> None:
+        """A new try of a request whose client has the first token: it is part of the prompt now."""
+        if live.relayed is None:
+            return
+        ask = live.ask
+        live.ask = replace(
+            ask,
+            prompt_token_ids=[*ask.prompt_token_ids, live.relayed],
+            max_tokens=ask.max_tokens - 1,
+            generated=ask.generated + 1,
+        )
+        live.relayed = None
 
     def _place(self, live: _Live, effect: life.Place, now: float) -> None:
         ask = live.ask
@@ -250,33 +310,50 @@ class Dispatch:
             event = life.NotPlaced(error)
         else:
             self.journal.placed(ask.request_id, placement)
-            event = life.Placed(placement.prefill, placement.decode)
+            event = self._placed(live, placement)
         self._advance(live, event, now)
+
+    def _placed(self, live: _Live, placement: Placement) -> life.Placed:
+        assert isinstance(live.state, life.Placing)
+        # Ids are single use: a late answer to a former try must not be taken for this one's.
+        attempt, ask = live.state.attempt, live.ask
+        self._forget_wires(live)
+        live.wire_id = ask.request_id if attempt == 1 else f"{ask.request_id}/{attempt}"
+        prefill = self.fleet.get(placement.prefill) if placement.prefill else None
+        if prefill is None:
+            return life.Placed(None, placement.decode)
+        ticket = make_ticket(prefill.hello, live.wire_id + PREFILL_SUFFIX)
+        only_one = ask.relay and ask.max_tokens == 1  # Then nothing is handed off.
+        reserve = self._reserve is Reserve.AT_DISPATCH and ticket is not None and not only_one
+        return life.Placed(prefill.id, placement.decode, ticket, reserve)
 
     def _generate(self, live: _Live, worker: str, phase: Phase, ticket: bytes | None) -> None:
         ask = live.ask
-        self._by_wire.pop(live.wire_id, None)
-        assert isinstance(live.state, (life.Prefilling, life.Decoding))
-        # Ids are single use: a late answer to a former try must not be taken for this one's.
-        attempt = live.state.attempt
-        live.wire_id = ask.request_id if attempt == 1 else f"{ask.request_id}/{attempt}"
-        if phase is Phase.PREFILL:
-            live.wire_id += "/p"
-        self._by_wire[live.wire_id] = live
+        wire_id = live.wire_id + (PREFILL_SUFFIX if phase is Phase.PREFILL else "")
+        self._by_wire[wire_id] = live
+        state = live.state
+        made = isinstance(state, life.Prefilling) and state.ticket is not None
         self._send(
             worker,
             Generate(
-                request_id=live.wire_id,
+                request_id=wire_id,
                 phase=phase,
                 prompt_token_ids=ask.prompt_token_ids,
                 max_tokens=ask.max_tokens,
                 params=ask.params,
                 ticket=ticket,
+                # Only a sender whose handle is known to both sides can hand the token on.
+                relay=ask.relay and made and phase is Phase.PREFILL,
+                generated=ask.generated,
                 cache_salt=ask.cache_salt,
                 lora_name=ask.lora_name,
                 priority=ask.priority,
             ),
         )
+
+    def _forget_wires(self, live: _Live) -> None:
+        self._by_wire.pop(live.wire_id, None)
+        self._by_wire.pop(live.wire_id + PREFILL_SUFFIX, None)
 
     def _release(self, effect: life.Effect) -> None:
         assert isinstance(effect, life.ReleaseKV)
@@ -305,5 +382,5 @@ class Dispatch:
 
     def _forget(self, live: _Live, outcome: life.Outcome, now: float) -> None:
         if self._live.pop(live.ask.request_id, None) is not None:
-            self._by_wire.pop(live.wire_id, None)
+            self._forget_wires(live)
             self.journal.end(live.ask.request_id, outcome, now)

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_TEMPERATURE_MIN = 1e-5
+"""vLLM takes anything below for greedy."""
+
 _FINISH = {
     Finish.STOP: FinishReason.STOP,
     Finish.LENGTH: FinishReason.LENGTH,
@@ -286,8 +289,34 @@ def _ask(request: EngineCoreRequest) -> Ask:
         cache_salt=request.cache_salt,
         lora_name=lora.lora_name if lora else None,
         priority=request.priority,
+        relay=may_relay(params),
         name=request.external_req_id or "",
     )
+
+
+def may_relay(params: SamplingParams) -> bool:
+    """Whether the first token may come from another engine than the rest, and change nothing.
+
+    The engine that goes on sees it as the prompt's last token. That makes a difference to whatever
+    looks at output tokens apart from the prompt's (docs/handoff.md has the list, with reasons), and
+    to a seed, whose random numbers are drawn one after the other.
+    """
+    greedy = params.temperature < _TEMPERATURE_MIN
+    looks_at_output = (
+        params.presence_penalty
+        or params.frequency_penalty
+        or params.structured_outputs is not None
+        or params.bad_words
+        or params.thinking_token_budget is not None
+        or params.repetition_detection is not None
+        or params.logprobs is not None
+        or params.logprob_token_ids
+        or params.prompt_logprobs is not None
+        or params.trace_decode_token_ids
+        or params.watermarking
+        or params.extra_args
+    )
+    return not looks_at_output and (greedy or params.seed is None)
 
 
 def _output(delta: Delta, prompt_extras: bytes | None) -> EngineCoreOutput:

@@ -35,6 +35,9 @@ class Record(msgspec.Struct):
     kv_tokens: int = 0
     kv_bytes: int = 0
     kv_s: float = 0.0
+    kv_hidden_s: float = 0.0
+    """Of `kv_s`, what passed while the prompt was still being computed."""
+    kv_transport: str = ""
     kv_failed: str | None = None
     output_tokens: int = 0
     first_token_at: float | None = None
@@ -80,6 +83,8 @@ class Journal:
             record.kv_tokens = delta.kv_tokens
             record.kv_bytes = delta.kv_bytes
             record.kv_s = delta.kv_s
+            record.kv_hidden_s = delta.kv_hidden_s
+            record.kv_transport = delta.kv_transport
             record.kv_failed = delta.kv_failed
 
     def tokens(self, request_id: str, count: int, now: float) -> None:

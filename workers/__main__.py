@@ -92,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lease-s", type=float, default=30.0, help="how long KV is kept unread")
     parser.add_argument("--drain-s", type=float, default=30.0, help="how long SIGTERM waits")
     parser.add_argument("--kv-connector", choices=["tandem", "nixl", "none"], default="tandem")
+    parser.add_argument("--kv-transports", default="", help="names, best first; all by default")
+    parser.add_argument(
+        "--kv-checksums", choices=["off", "sampled", "full"], default="sampled",
+        help="of the payload; what a sender sums is what its receivers compare",
+    )  # fmt: skip
+    parser.add_argument("--kv-answer-s", type=float, default=5.0, help="for a peer's answer")
+    parser.add_argument("--kv-read-s", type=float, default=30.0, help="for one read of KV")
     return parser
 
 

@@ -14,8 +14,12 @@ A router silent for `SILENCE_S` is gone: the worker aborts its requests. A worke
 `SILENCE_S`, or one whose `Load.steps` stands still while `Load.busy`, is dead to the router.
 
 Whatever belongs to one engine's own vocabulary (sampling parameters, logprobs, multimodal
-features) travels as opaque bytes: `Generate.params` and `Delta.extras`. `Delta.ticket` is the
-KV handoff's own (`kvtransfer.protocol`); the router carries it from prefill to decode unread.
+features) travels as opaque bytes: `Generate.params` and `Delta.extras`.
+
+A *ticket* says where a prompt's KV is, or will be. For a prefill worker with a `handoff_endpoint` the
+router makes it (`make_ticket`) and gives the same to both workers, the decode worker at once or when
+the prefill is done; for others it comes with the finished prefill as `Delta.ticket`, to be carried
+on unread.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import msgspec
 
 from kvtransfer import protocol as kv
 
-PROTOCOL = 1
+PROTOCOL = 2
 MALFORMED = kv.MALFORMED
 LOAD_INTERVAL_S = 0.5
 SILENCE_S = 5.0
@@ -44,9 +48,10 @@ class Phase(StrEnum):
     """What one `Generate` asks of one worker."""
 
     PREFILL = "prefill"
-    """Compute the prompt, emit no tokens, keep the KV blocks under a lease, return a ticket."""
+    """Compute the prompt, keep the KV blocks under a lease for whoever has the ticket; emit no
+    tokens, or with `Generate.relay` the first."""
     DECODE = "decode"
-    """Pull the prompt's KV with `Generate.ticket`, then generate."""
+    """Pull the prompt's KV with `Generate.ticket`, as it is computed, then generate."""
     BOTH = "both"
     """Prefill and decode here; nothing is handed off."""
 
@@ -66,7 +71,7 @@ class Finish(StrEnum):
     ABORT = "abort"
     REPETITION = "repetition"
     PREFILLED = "prefilled"
-    """`Phase.PREFILL` is done; `Delta.ticket` says where its KV is."""
+    """`Phase.PREFILL` is done, and there is more to generate."""
     ERROR = "error"
     """The engine failed this request; `Delta.error` says why. It may be tried elsewhere."""
     REFUSED = "refused"
@@ -102,7 +107,14 @@ class Generate(_Message, frozen=True):
     params: bytes
     """The engine's own encoding of everything else. Empty for the simulated engine."""
     ticket: bytes | None = None
-    """`Phase.DECODE` only: the prefill worker's `Delta.ticket`, unchanged."""
+    """Of the handoff: see the module. None for `Phase.BOTH`."""
+    relay: bool = False
+    """The prefill worker samples the first token as `params` ask, emits it, and hands it on with
+    the KV; the decode worker emits it too, first of all, and goes on from there. The router says
+    so only where that changes no token that follows (docs/handoff.md)."""
+    generated: int = 0
+    """So many tokens at the prompt's end were generated before, elsewhere: they count for
+    `params`' limits, and the client has them."""
     cache_salt: str | None = None
     lora_name: str | None = None
     priority: int = 0
@@ -156,6 +168,8 @@ class WorkerHello(_Message, frozen=True):
     """Tokens, prompt and output together."""
     lease_s: float
     """How long it keeps a finished prefill's blocks."""
+    handoff_endpoint: str = ""
+    """Where its handles are followed; empty for a worker that makes its tickets itself."""
 
 
 class Refused(_Message, frozen=True):
@@ -183,7 +197,12 @@ class Delta(_Message, frozen=True):
     kv_bytes: int = 0
     """Bytes pulled for them."""
     kv_s: float = 0.0
-    """Seconds the pull took, connection included."""
+    """Seconds with a read in flight."""
+    kv_hidden_s: float = 0.0
+    """The part of them while the prompt was still being computed."""
+    kv_transport: str = ""
+    kv_mismatched: bool = False
+    """The pull failed for its content: another prompt's blocks, or damaged ones."""
     kv_failed: str | None = None
     """Why a pull failed. The worker computed the prompt itself and went on."""
     error: str | None = None
@@ -205,11 +224,20 @@ class Load(_Message, frozen=True):
     leases_open: int
     """Finished prefills whose blocks are still kept."""
     draining: bool = False
+    leases_expired: int = 0
+    """Since the start: finished prefills that nobody fetched or released in time."""
 
 
 class Batch(_Message, frozen=True):
     load: Load
     deltas: list[Delta] = []
+
+
+def make_ticket(sender: WorkerHello, handle: str) -> bytes | None:
+    """For a prefill on this worker; None where it makes its tickets itself."""
+    if not sender.handoff_endpoint:
+        return None
+    return kv.encode_ticket(sender.epoch, handle, sender.handoff_endpoint)
 
 
 ToWorker = RouterHello | Generate | Abort | Release | Heartbeat

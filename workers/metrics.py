@@ -17,6 +17,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        by = ["transport"]
         self._requests = Counter(
             "tandem_worker_requests_total", "Requests taken on", ["phase"], registry=registry
         )
@@ -27,20 +28,31 @@ class Metrics:
             "tandem_worker_output_tokens_total", "Tokens generated", registry=registry
         )
         self._kv_bytes = Counter(
-            "tandem_worker_kv_pulled_bytes_total", "KV bytes pulled", registry=registry
+            "tandem_worker_kv_pulled_bytes_total", "KV bytes pulled", by, registry=registry
         )
         self._kv_seconds = Histogram(
-            "tandem_worker_kv_pull_seconds", "Time of one pull", registry=registry,
+            "tandem_worker_kv_pull_seconds", "Reading time of one pull", by, registry=registry,
             buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
         )  # fmt: skip
+        self._kv_hidden = Counter(
+            "tandem_worker_kv_hidden_seconds_total", "Reading time while the prompt was computed",
+            by, registry=registry,
+        )  # fmt: skip
         self._kv_failed = Counter(
-            "tandem_worker_kv_pulls_failed_total", "Pulls that failed", registry=registry
+            "tandem_worker_kv_pulls_failed_total", "Pulls that failed", by, registry=registry
         )
+        self._kv_mismatched = Counter(
+            "tandem_worker_kv_mismatches_total", "Pulls refused for their content",
+            by, registry=registry,
+        )  # fmt: skip
         self._load = {
             "steps": Gauge("tandem_worker_steps", "Engine steps", registry=registry),
             "blocks_free": Gauge("tandem_worker_blocks_free", "Free blocks", registry=registry),
             "blocks_total": Gauge("tandem_worker_blocks_total", "KV blocks", registry=registry),
             "leases_open": Gauge("tandem_worker_leases_open", "Open leases", registry=registry),
+            "leases_expired": Gauge(
+                "tandem_worker_leases_expired", "Leases that ended unread", registry=registry
+            ),
             "prefill_tokens_queued": Gauge(
                 "tandem_worker_prefill_tokens_queued", "Uncomputed tokens", registry=registry
             ),
@@ -59,10 +71,12 @@ class Metrics:
             if delta.finish is not None:
                 self._ended.labels(Finish(delta.finish).value).inc()
             if delta.kv_bytes:
-                self._kv_bytes.inc(delta.kv_bytes)
-                self._kv_seconds.observe(delta.kv_s)
+                self._kv_bytes.labels(delta.kv_transport).inc(delta.kv_bytes)
+                self._kv_seconds.labels(delta.kv_transport).observe(delta.kv_s)
+                self._kv_hidden.labels(delta.kv_transport).inc(delta.kv_hidden_s)
             if delta.kv_failed is not None:
-                self._kv_failed.inc()
+                self._kv_failed.labels(delta.kv_transport).inc()
+                self._kv_mismatched.labels(delta.kv_transport).inc(delta.kv_mismatched)
 
     def set_load(self, load: Load) -> None:
         for name, gauge in self._load.items():

@@ -136,7 +136,7 @@ class Worker:
             kv_digest=facts.kv_digest, transports=facts.transports,
             block_tokens=facts.block_tokens, block_bytes=facts.block_bytes,
             blocks_total=facts.blocks_total, max_model_len=facts.max_model_len,
-            lease_s=me.lease_s,
+            lease_s=me.lease_s, handoff_endpoint=facts.handoff_endpoint,
         )  # fmt: skip
 
     # ------------------------------------------------------------ from routers

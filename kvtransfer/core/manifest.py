@@ -1,4 +1,4 @@
-"""Whose KV a ticket describes: the prompt's chain of block hashes, compared before any use."""
+"""Whose KV a handle holds: the prompt's chain of block hashes, compared before any use."""
 
 from __future__ import annotations
 
@@ -7,69 +7,76 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
-from kvtransfer.protocol import MALFORMED, VERSION, Ticket
+from kvtransfer.protocol import LINK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-CHAIN_BYTES = 16
+    from kvtransfer.protocol import Manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
     """What the receiver knows by itself of the KV that it wants."""
 
-    kv_digest: str
-    model_digest: str
-    block_tokens: int
     num_tokens: int
-    chain: bytes
+    links: bytes
+    """The prompt's whole chain, in the sender's blocks."""
+    model_digest: str
+    tokenizer_digest: str
+
+    @property
+    def blocks(self) -> int:
+        return len(self.links) // LINK_BYTES
 
 
-def chain_tail(
+def chain(
     token_ids: Sequence[int], block_tokens: int, *, salt: str | None, lora: str | None
 ) -> bytes:
-    """The last link, 16 bytes, of the chain over a prompt's blocks, its partial last one included.
+    """Links of the prompt's blocks, its partial last one included, `LINK_BYTES` each.
 
-    Each link hashes the one before, so equal tails mean equal prompts, salts and adapters. Fixed
-    width and length prefixes make the encoding canonical.
+    Each link hashes the one before, so equal last links mean equal prompts, salts and adapters.
+    Fixed width and a packed head make the encoding canonical.
     """
-    seed = msgspec.msgpack.encode(["tandem chain 1", block_tokens, salt, lora])
-    link = hashlib.blake2b(seed, digest_size=CHAIN_BYTES).digest()
-    for start in range(0, len(token_ids), block_tokens):
-        block = token_ids[start : start + block_tokens]
-        content = b"".join(t.to_bytes(4, "little") for t in block)
-        link = hashlib.blake2b(link + content, digest_size=CHAIN_BYTES).digest()
-    return link
+    head = msgspec.msgpack.encode(["tandem chain 2", block_tokens, salt, lora])
+    link = hashlib.blake2b(head, digest_size=LINK_BYTES).digest()
+    links = []
+    content = np.asarray(token_ids, dtype="<u4").tobytes()
+    for start in range(0, len(content), 4 * block_tokens):
+        block = content[start : start + 4 * block_tokens]
+        link = hashlib.blake2b(link + block, digest_size=LINK_BYTES).digest()
+        links.append(link)
+    return b"".join(links)
 
 
-class TicketUnreadable(Exception):
-    """The bytes are no ticket of our version; the message names both sides."""
+def other_block(links: bytes, first: int, wanted: Expectation) -> str | None:
+    """Why announced blocks are not the prompt's, naming both sides; None when they are."""
+    start = first * LINK_BYTES
+    ours = wanted.links[start : start + len(links)]
+    if links == ours:
+        return None
+    if len(ours) < len(links):
+        return f"block {wanted.blocks} announced: the prompt has {wanted.blocks} blocks"
+    for number in range(len(links) // LINK_BYTES):
+        at = slice(number * LINK_BYTES, (number + 1) * LINK_BYTES)
+        if links[at] != ours[at]:
+            return (
+                f"prompt chain differs at block {first + number}: "
+                f"sender has {links[at].hex()}, receiver {ours[at].hex()}"
+            )
+    return f"links of {len(links)} bytes are no whole number of links"
 
 
-def decode_ticket(content: bytes) -> Ticket:
-    """A ticket of our own version. Raises `TicketUnreadable`."""
-    try:
-        fields = msgspec.msgpack.decode(content, type=list)
-        version = fields[0] if fields else None
-        # The version first: of another one's fields nothing is known.
-        if version != VERSION:
-            raise TicketUnreadable(f"ticket is of version {version}, this receiver of {VERSION}")
-        return msgspec.convert(fields, Ticket)
-    except MALFORMED as e:
-        raise TicketUnreadable(f"ticket is not readable: {e}") from None
-
-
-def mismatch(ticket: Ticket, wanted: Expectation) -> str | None:
-    """Why this ticket's KV must not be used, naming both sides; None when it may."""
+def mismatch(manifest: Manifest, wanted: Expectation) -> str | None:
+    """Why this KV must not be used, naming both sides; None when it may."""
     pairs = [
-        ("KV layout", ticket.kv_digest, wanted.kv_digest),
-        ("model digest", ticket.model_digest, wanted.model_digest),
-        ("token count", ticket.num_tokens, wanted.num_tokens),
-        ("block count", len(ticket.block_ids), -(-wanted.num_tokens // wanted.block_tokens)),
-        ("prompt chain", ticket.chain.hex(), wanted.chain.hex()),
-        ("rank count", len(ticket.endpoints), 1),
+        ("model digest", manifest.model_digest, wanted.model_digest),
+        ("tokenizer digest", manifest.tokenizer_digest, wanted.tokenizer_digest),
+        ("token count", manifest.num_tokens, wanted.num_tokens),
+        ("block count", manifest.blocks, wanted.blocks),
+        ("prompt chain", manifest.chain.hex(), wanted.links[-LINK_BYTES:].hex()),
     ]
     for what, theirs, ours in pairs:
         if theirs != ours:

@@ -2,7 +2,13 @@
 
     Placing -> Prefilling -> Decoding -> Ended
        |            |            ^
-       +--- one worker does both-+      any failure before the first token -> Placing again
+       +--- one worker does both-+      any failure before the decode worker's first token
+                                        -> Placing again
+
+While `Prefilling`, the decode worker may have been asked already (`reserved`): it has set blocks
+aside and reads what is computed. The prefill worker may say the first token itself (`relayed`); the
+decode worker repeats it, so that either may be heard first, and a request whose client has that one
+token can still begin anew elsewhere, from there.
 
 An attempt that was given up may still answer: its prefill may finish after our abort. There is no
 state for that. The law is kept without one: a ticket that nobody awaits is released (`stray`).
@@ -41,20 +47,27 @@ class Placing:
 
 @dataclass(frozen=True, slots=True)
 class Prefilling:
+    """`ticket`: None when the prefill worker will make one."""
+
     prefill: str
     decode: str
     attempt: int
+    ticket: bytes | None = None
+    reserved: bool = False
+    """The decode worker has been asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """`ticket` is kept until the first token: until then the KV may still be at `prefill`."""
+    """`ticket` is kept until the decode worker's first token: the KV may still be at `prefill`."""
 
     decode: str
     attempt: int
     prefill: str | None = None
     ticket: bytes | None = None
     tokens_sent: int = 0
+    relayed: bool = False
+    """The client has the first token from the prefill worker, and none yet from `decode`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,10 @@ State = Placing | Prefilling | Decoding | Ended
 class Placed:
     prefill: str | None
     decode: str
+    ticket: bytes | None = None
+    """Of the handoff; None when the prefill worker will make it."""
+    reserve: bool = False
+    """Ask the decode worker at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +97,15 @@ class NotPlaced:
 
 @dataclass(frozen=True, slots=True)
 class PrefillDone:
-    ticket: bytes
+    """`ticket`: the prefill worker's own, if it makes them. `relayed`: the first token came too."""
+
+    ticket: bytes | None = None
+    relayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillWasAll:
+    """The first token was the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +118,9 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The worker gave the request up. `elsewhere`: another may succeed."""
+    """A worker gave the request up. `elsewhere`: another may succeed."""
 
+    worker: str
     reason: str
     elsewhere: bool
 
@@ -120,7 +146,10 @@ class Stuck:
     waited_s: float
 
 
-Event = Placed | NotPlaced | PrefillDone | Tokens | Failed | Lost | ClientGone | Enough | Stuck
+Event = (
+    Placed | NotPlaced | PrefillDone | PrefillWasAll | Tokens
+    | Failed | Lost | ClientGone | Enough | Stuck
+)  # fmt: skip
 
 # ------------------------------------------------------------------------- effects
 
@@ -135,6 +164,7 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class SendPrefill:
     worker: str
+    ticket: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +225,11 @@ def _placing(state: Placing, event: Event) -> Step:
     match event:
         case Placed(prefill=None, decode=decode):
             return Decoding(decode, state.attempt), (SendBoth(decode),)
-        case Placed(prefill=str(prefill), decode=decode):
-            return Prefilling(prefill, decode, state.attempt), (SendPrefill(prefill),)
+        case Placed(str(prefill), decode, ticket, reserve):
+            after = Prefilling(prefill, decode, state.attempt, ticket, reserve)
+            if reserve and ticket is not None:
+                return after, (SendDecode(decode, ticket), SendPrefill(prefill, ticket))
+            return after, (SendPrefill(prefill, ticket),)
         case NotPlaced(error):
             return Ended(Outcome.FAILED), (FailClient(error),)
         case ClientGone() | Enough():
@@ -208,27 +241,48 @@ def _placing(state: Placing, event: Event) -> Step:
 
 def _prefilling(state: Prefilling, event: Event) -> Step:
     match event:
-        case PrefillDone(ticket):
-            after = Decoding(state.decode, state.attempt, state.prefill, ticket)
-            return after, (SendDecode(state.decode, ticket),)
-        case Failed(reason, elsewhere):
-            return _again(state.attempt, state.prefill, _failure(state.prefill, reason, elsewhere))
-        case Lost(worker, reason) if worker == state.prefill:
-            error = WorkerLost(worker, reason=reason, tokens_sent=0)
-            return _again(state.attempt, worker, error)
-        case Lost(worker, reason) if worker == state.decode:
-            # Its blocks were to come here. The prefill worker's cache makes the new try cheap.
-            error = WorkerLost(worker, reason=reason, tokens_sent=0)
-            placing, effects = _again(state.attempt, worker, error)
-            return placing, (AbortOn(state.prefill), *effects)
+        case PrefillDone(ticket, relayed):
+            ticket = state.ticket or ticket
+            assert ticket is not None, "a finished prefill has a ticket"
+            sent = int(relayed)
+            after = Decoding(state.decode, state.attempt, state.prefill, ticket, sent, relayed)
+            told = _DELIVER if relayed else ()
+            return after, told if state.reserved else (*told, SendDecode(state.decode, ticket))
+        case PrefillWasAll():
+            return Ended(Outcome.FINISHED), (*_unreserve(state), *_DELIVER)
+        case Tokens(count, finished):
+            # The decode worker has everything, and was heard before the prefill worker.
+            if finished:
+                return Ended(Outcome.FINISHED), _DELIVER
+            return Decoding(state.decode, state.attempt, tokens_sent=count), _DELIVER
+        case Failed(worker, reason, elsewhere):
+            return _anew(state, worker, _failure(worker, reason, elsewhere))
+        case Lost(worker, reason) if worker in (state.prefill, state.decode):
+            # If the decode worker: the prefill worker's cache makes the new try cheap.
+            return _anew(state, worker, WorkerLost(worker, reason=reason, tokens_sent=0))
         case ClientGone() | Enough():
-            return Ended(Outcome.CANCELLED), (AbortOn(state.prefill),)
+            return Ended(Outcome.CANCELLED), _call_off(state)
         case Stuck(waited_s):
             late = TimedOut(waited_s=waited_s)
-            return Ended(Outcome.FAILED), (AbortOn(state.prefill), FailClient(late))
+            return Ended(Outcome.FAILED), (*_call_off(state), FailClient(late))
         case Lost():
             return state, ()
     raise AssertionError(f"{event} while {state}")
+
+
+def _anew(state: Prefilling, avoid: str, error: RouterError) -> Step:
+    after, effects = _again(state.attempt, avoid, error)
+    # Whoever failed has forgotten it; to be told so again is harmless.
+    return after, (*_call_off(state), *effects)
+
+
+def _call_off(state: Prefilling) -> tuple[Effect, ...]:
+    release = (ReleaseKV(state.prefill, state.ticket),) if state.ticket is not None else ()
+    return (AbortOn(state.prefill), *_unreserve(state), *release)
+
+
+def _unreserve(state: Prefilling) -> tuple[Effect, ...]:
+    return (AbortOn(state.decode),) if state.reserved else ()
 
 
 def _decoding(state: Decoding, event: Event) -> Step:
@@ -237,24 +291,24 @@ def _decoding(state: Decoding, event: Event) -> Step:
             if finished:
                 return Ended(Outcome.FINISHED), _DELIVER
             return _told(state, count), _DELIVER
-        case Failed(reason, elsewhere):
+        case Failed(worker, reason, elsewhere) if worker == state.decode:
             error = _failure(state.decode, reason, elsewhere)
-            if state.tokens_sent:
+            if state.tokens_sent and not state.relayed:
                 return Ended(Outcome.FAILED), (FailClient(error),)
             after, effects = _again(state.attempt, state.decode, error)
-            return after, (*_give_up_kv(state), *effects)
+            return after, (AbortOn(state.decode), *_give_up_kv(state), *effects)
         case Lost(worker, reason) if worker == state.decode:
             lost = WorkerLost(worker, reason=reason, tokens_sent=state.tokens_sent)
-            if state.tokens_sent:
+            if state.tokens_sent and not state.relayed:
                 return Ended(Outcome.FAILED), (FailClient(lost),)
             after, effects = _again(state.attempt, worker, lost)
             return after, (*_give_up_kv(state), *effects)
-        case Lost():
+        case Lost() | Failed() | PrefillDone() | PrefillWasAll():
             return state, ()  # Whatever was not pulled yet, the decode worker computes itself.
         case ClientGone():
             return Ended(Outcome.CANCELLED), (AbortOn(state.decode), *_give_up_kv(state))
         case Enough():
-            return Ended(Outcome.FINISHED), (AbortOn(state.decode),)
+            return Ended(Outcome.FINISHED), (AbortOn(state.decode), *_give_up_kv(state))
         case Stuck(waited_s):
             effects = (AbortOn(state.decode), *_give_up_kv(state))
             return Ended(Outcome.FAILED), (*effects, FailClient(TimedOut(waited_s=waited_s)))

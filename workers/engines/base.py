@@ -25,6 +25,7 @@ class EngineFacts:
     block_bytes: int
     blocks_total: int
     max_model_len: int
+    handoff_endpoint: str = ""
 
 
 class EngineDead(Exception):

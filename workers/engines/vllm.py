@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -12,7 +13,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from kvtransfer.releases import ReleaseClient
-from workers.api import Delta, Finish, Load
+from workers.api import Delta, Finish, Load, Phase
 from workers.engines.base import EngineDead, EngineFacts
 from workers.engines.vllm_requests import BadRequest, core_request, delta_of, warm_up_request
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WARM_UP = "tandem-warm-up"
+ABORTED_MAX = 4096
 
 
 class VllmEngine:
@@ -41,7 +43,9 @@ class VllmEngine:
         self._live: dict[str, Generate] = {}
         self._uncomputed: dict[str, int] = {}
         """Prompt tokens of requests that have not answered yet."""
-        self._pulled: dict[str, list[Any]] = {}
+        self._aborted: OrderedDict[str, bytes] = OrderedDict()
+        """Tickets of prefills that were aborted last."""
+        self._pulled: dict[str, dict[str, Any]] = {}
         """Pulls that are over, until their request's first delta tells of them."""
         self._rejected: list[Delta] = []
         self._rejected_now = asyncio.Event()
@@ -74,12 +78,13 @@ class VllmEngine:
         return EngineFacts(
             engine="vllm",
             version=vllm.__version__,
-            kv_digest="nixl" if nixl else connector.get("kv_digest", ""),
-            transports=["nixl"] if nixl else [t for t in [connector.get("transport")] if t],
+            kv_digest="nixl" if nixl else connector.get("layout", ""),
+            transports=["nixl"] if nixl else connector.get("transports", []),
             block_tokens=cache.block_size,
             block_bytes=connector.get("block_bytes", 0),
             blocks_total=self._blocks_total,
             max_model_len=self._config.model_config.max_model_len,
+            handoff_endpoint=connector.get("endpoint", ""),
         )
 
     async def run(self, on_step: OnStep) -> None:
@@ -96,15 +101,27 @@ class VllmEngine:
 
     def submit(self, generate: Generate) -> None:
         self._live[generate.request_id] = generate
-        self._uncomputed[generate.request_id] = len(generate.prompt_token_ids)
+        # What another worker computes is not queued here.
+        computes = generate.phase is not Phase.DECODE
+        self._uncomputed[generate.request_id] = len(generate.prompt_token_ids) if computes else 0
         self._commands.put_nowait(generate)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        known = [r for r in request_ids if self._live.pop(r, None)]
-        for request_id in known:
-            self._uncomputed.pop(request_id, None)
+        known = []
+        for request_id in request_ids:
+            if generate := self._live.pop(request_id, None):
+                known.append(request_id)
+                self._uncomputed.pop(request_id, None)
+                if generate.phase is Phase.PREFILL and generate.ticket is not None:
+                    self._let_go(request_id, generate.ticket)
         if known:
             self._commands.put_nowait(known)
+
+    def _let_go(self, request_id: str, ticket: bytes) -> None:
+        """Its prefill may be done before the abort gets there: then its KV is kept for nobody."""
+        self._aborted[request_id] = ticket
+        if len(self._aborted) > ABORTED_MAX:
+            self._aborted.popitem(last=False)
 
     def release(self, tickets: Iterable[bytes]) -> None:
         for ticket in tickets:
@@ -122,6 +139,7 @@ class VllmEngine:
             blocks_free=round(total * (1 - usage)),
             blocks_total=total,
             leases_open=self._connector.get("leases_open", 0),
+            leases_expired=self._connector.get("leases_expired", 0),
         )
 
     def close(self) -> None:
@@ -174,22 +192,35 @@ class VllmEngine:
         if stats.kv_connector_stats:
             self._connector = {**self._connector, **stats.kv_connector_stats}
             for pull in stats.kv_connector_stats.get("pulls", []):
-                if pull[0] in self._live:
-                    self._pulled[pull[0]] = pull
+                if (request_id := pull["request_id"]) in self._live:
+                    self._pulled[request_id] = _merged(self._pulled.get(request_id), pull)
 
     def _deltas(self, outputs: EngineCoreOutputs) -> list[Delta]:
         deltas = []
         for output in outputs.outputs:
             generate = self._live.get(output.request_id)
             if generate is None:
-                # Aborted meanwhile. A ticket that nobody awaits is given up at once.
-                if ticket := (output.kv_transfer_params or {}).get("tandem_ticket"):
+                if ticket := self._aborted.pop(output.request_id, None):
                     self._releases.release(ticket)
                 continue
             first = self._uncomputed.pop(output.request_id, None) is not None
             pulled = self._pulled.pop(output.request_id, None) if first else None
-            delta = delta_of(output, generate.phase, first=first, pulled=pulled)
+            delta = delta_of(output, generate, first=first, pulled=pulled)
             if delta.finish is not None:
                 del self._live[output.request_id]
             deltas.append(delta)
         return deltas
+
+
+def _merged(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
+    """Of one request's pulls by several ranks: bytes add up, the slowest counts."""
+    if one is None:
+        return other
+    return {
+        **one,
+        "bytes": one["bytes"] + other["bytes"],
+        "seconds": max(one["seconds"], other["seconds"]),
+        "hidden_s": min(one["hidden_s"], other["hidden_s"]),
+        "error": one["error"] or other["error"],
+        "mismatched": one["mismatched"] or other["mismatched"],
+    }

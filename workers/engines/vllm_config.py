@@ -51,7 +51,12 @@ def _transfer(args: argparse.Namespace, identity: Identity) -> KVTransferConfig:
         "host": args.host,
         "epoch": identity.epoch,
         "model_digest": identity.model_digest,
+        "tokenizer_digest": identity.tokenizer_digest,
         "lease_s": args.lease_s,
+        "checksums": args.kv_checksums,
+        "transports": args.kv_transports,
+        "answer_timeout_s": args.kv_answer_s,
+        "read_timeout_s": args.kv_read_s,
     }
     return KVTransferConfig(
         kv_connector="TandemConnector",

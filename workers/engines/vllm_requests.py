@@ -9,6 +9,7 @@ import msgspec
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
+from kvtransfer.protocol import TicketUnreadable, decode_ticket
 from workers.api import MALFORMED, Delta, Finish, Generate, Phase
 from workers.vllm_codec import Unreadable, decode_request, encode_extras
 
@@ -70,37 +71,63 @@ def warm_up_request(request_id: str) -> EngineCoreRequest:
 
 
 def delta_of(
-    output: EngineCoreOutput, phase: Phase, *, first: bool, pulled: list[Any] | None
+    output: EngineCoreOutput, generate: Generate, *, first: bool, pulled: dict[str, Any] | None
 ) -> Delta:
     """One output of one step. `pulled`: the connector's account of this request's pull."""
     reason = output.finish_reason
     finish = None if reason is None else _FINISH[reason]
     stats = output.prefill_stats
     cached = (stats.num_local_cached_tokens if stats else 0) if first else None
-    extras = encode_extras(output)
-    if phase is Phase.PREFILL:
-        if finish is not Finish.LENGTH:
-            why = f"prefill ended with {finish}"
-            return Delta(output.request_id, [], Finish.ERROR, error=why)
-        params = output.kv_transfer_params or {}
-        ticket = params.get("tandem_ticket") or msgspec.msgpack.encode(params)
-        return Delta(
-            output.request_id, [], Finish.PREFILLED,
-            extras=extras, ticket=ticket, cached_tokens=cached,
-        )  # fmt: skip
-    _, tokens, size, seconds, failed = pulled or ("", 0, 0, 0.0, None)
+    if generate.phase is Phase.PREFILL:
+        return _prefilled(output, generate, finish, cached)
+    tokens = output.new_token_ids
+    account: dict[str, Any] = {}
+    if pulled is not None:
+        if pulled["first_token"] is not None:
+            tokens = [pulled["first_token"], *tokens]
+        account = {
+            "kv_tokens": pulled["tokens"],
+            "kv_bytes": pulled["bytes"],
+            "kv_s": pulled["seconds"],
+            "kv_hidden_s": pulled["hidden_s"],
+            "kv_transport": pulled["transport"],
+            "kv_failed": pulled["error"],
+            "kv_mismatched": pulled["mismatched"],
+        }
     return Delta(
         request_id=output.request_id,
-        token_ids=output.new_token_ids,
+        token_ids=tokens,
         finish=finish,
         stop_reason=output.stop_reason,
-        extras=extras,
+        extras=encode_extras(output),
         cached_tokens=cached,
-        kv_tokens=tokens,
-        kv_bytes=size,
-        kv_s=seconds,
-        kv_failed=failed,
         error="the engine failed it" if finish is Finish.ERROR else None,
+        **account,
+    )
+
+
+def _prefilled(
+    output: EngineCoreOutput, generate: Generate, finish: Finish | None, cached: int | None
+) -> Delta:
+    request_id, relay = output.request_id, generate.relay
+    ended = relay and (
+        finish in (Finish.STOP, Finish.REPETITION)
+        or (finish is Finish.LENGTH and generate.max_tokens == 1)
+    )
+    if finish is not Finish.LENGTH and not ended:
+        why = f"prefill ended with {finish}"
+        return Delta(request_id, [], Finish.ERROR, error=why)
+    ticket = None
+    if output.kv_transfer_params is not None:  # Another connector's own.
+        ticket = msgspec.msgpack.encode(output.kv_transfer_params)
+    return Delta(
+        request_id,
+        output.new_token_ids if relay else [],
+        finish if ended else Finish.PREFILLED,
+        stop_reason=output.stop_reason if ended else None,
+        extras=encode_extras(output),
+        ticket=ticket,
+        cached_tokens=cached,
     )
 
 
@@ -108,15 +135,19 @@ def _shape(params: SamplingParams, generate: Generate, config: VllmConfig) -> Sa
     params = params.clone()
     transfer = config.kv_transfer_config
     nixl = transfer is not None and transfer.kv_connector == "NixlConnector"
+    if generate.generated:
+        assert params.max_tokens is not None
+        params.max_tokens -= generate.generated
+        params.min_tokens = max(0, params.min_tokens - generate.generated)
     hand_off: dict[str, Any] | None = None
     if generate.phase is Phase.PREFILL:
-        params = _prefill_only(params)
-        hand_off = {"do_remote_decode": True} if nixl else {"tandem_produce": True}
+        params = _first_only(params) if generate.relay else _prefill_only(params)
+        hand_off = {"do_remote_decode": True} if nixl else {"tandem_produce": _produce(generate)}
     elif generate.phase is Phase.DECODE and generate.ticket is not None:
         # The prefill worker has computed them.
         params.prompt_logprobs = None
         params.skip_reading_prefix_cache = False
-        hand_off = _nixl_params(generate.ticket) if nixl else {"tandem_ticket": generate.ticket}
+        hand_off = _nixl_params(generate.ticket) if nixl else {"tandem_fetch": _fetch(generate)}
     extra = {k: v for k, v in (params.extra_args or {}).items() if k != "kv_transfer_params"}
     if hand_off is not None:
         extra["kv_transfer_params"] = hand_off
@@ -124,11 +155,34 @@ def _shape(params: SamplingParams, generate: Generate, config: VllmConfig) -> Sa
     return params
 
 
+def _produce(generate: Generate) -> dict[str, Any]:
+    # With no token after the first there is nothing to hand off.
+    keep = not (generate.relay and generate.max_tokens == 1)
+    return {"handle": _fetch(generate)["handle"], "relay": generate.relay, "keep": keep}
+
+
+def _fetch(generate: Generate) -> dict[str, Any]:
+    if generate.ticket is None:
+        raise BadRequest("the prefill phase needs a ticket")
+    try:
+        ticket = decode_ticket(generate.ticket)
+    except TicketUnreadable as error:
+        raise BadRequest(str(error)) from None
+    return {"handle": ticket.handle, "epoch": ticket.epoch, "endpoint": ticket.endpoint}
+
+
 def _nixl_params(ticket: bytes) -> dict[str, Any]:
     try:
         return msgspec.msgpack.decode(ticket, type=dict[str, Any])
     except MALFORMED as error:
         raise BadRequest(f"the ticket is not readable: {error}") from None
+
+
+def _first_only(params: SamplingParams) -> SamplingParams:
+    """The request's own first token, and no more."""
+    params.max_tokens = 1
+    params.min_tokens = min(1, params.min_tokens)
+    return params
 
 
 def _prefill_only(params: SamplingParams) -> SamplingParams:

@@ -1,0 +1,412 @@
+"""A receiver's connection to one sender: its control socket, its memory, and the pulls from it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import zmq
+
+from kvtransfer import checksums
+from kvtransfer.core.geometry import Unlike, routes
+from kvtransfer.core.manifest import Expectation, chain
+from kvtransfer.core.pulling import (
+    AskFollow,
+    AskRenew,
+    Effects,
+    End,
+    FencePeer,
+    Pull,
+    TellRelease,
+    Timeouts,
+    Wanted,
+)
+from kvtransfer.protocol import (
+    MALFORMED,
+    VERSION,
+    Blocks,
+    Follow,
+    Gone,
+    Held,
+    Layout,
+    Open,
+    Opened,
+    Rejected,
+    Release,
+    Renew,
+    Sealed,
+    ToReceiver,
+)
+from kvtransfer.transports.api import Progress, TransferError
+from kvtransfer.transports.choose import choose
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvtransfer.core.geometry import Route
+    from kvtransfer.transports.api import Memory, Peer, Transport
+
+log = logging.getLogger(__name__)
+
+READ_BYTES_MAX: Final = 64 << 20
+"""Of one read: later ones start as earlier ones end."""
+RECEIVE_MAX: Final = 256
+_decode = msgspec.msgpack.Decoder(ToReceiver).decode
+_encode = msgspec.msgpack.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Mine:
+    """The receiving rank's own memory."""
+
+    memory: Memory
+    layout: Layout
+    rank: int
+    transports: Sequence[Transport]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One prompt's KV to fetch, and where to put it."""
+
+    request_id: str
+    handle: str
+    epoch: str
+    endpoint: str
+    token_ids: list[int]
+    salt: str | None
+    lora: str | None
+    model_digest: str
+    tokenizer_digest: str
+    cached_tokens: int
+    """Whole blocks of ours that hold the prompt's beginning already."""
+    local_blocks: list[int]
+    """Ours, from the prompt's first; those that are cached are not looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """How one pull ended. With `error`, none of its blocks may be used, and none is in flight."""
+
+    request_id: str
+    error: str | None
+    mismatched: bool = False
+    """The error is of content: another prompt's blocks, or damaged ones."""
+    transport: str = ""
+    bytes: int = 0
+    read_s: float = 0.0
+    """Time with a read in flight."""
+    hidden_s: float = 0.0
+    """The part of it while the sender still computed."""
+    first_token: int | None = None
+
+
+@dataclass(slots=True)
+class _Flight:
+    number: int
+    strides: range
+    size: int
+    parts: list[tuple[Peer, Any]]
+
+
+@dataclass(slots=True)
+class _Running:
+    order: Order
+    pull: Pull
+    flights: list[_Flight] = field(default_factory=list)
+    moved: int = 0
+    busy_since: float = 0.0
+    read_s: float = 0.0
+    hidden_s: float = 0.0
+    sealed_at: float | None = None
+
+
+class Broken(Exception):
+    """The sender as a whole can't be used; its pulls fail together, after the fence."""
+
+
+class Connection:
+    """Belongs to the receiver's thread. `Broken` out of any method means: drop it."""
+
+    def __init__(
+        self, context: zmq.Context[Any], order: Order, mine: Mine, timeouts: Timeouts
+    ) -> None:
+        self.endpoint, self.epoch = order.endpoint, order.epoch
+        self._mine, self._timeouts = mine, timeouts
+        self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 200)
+        self._socket.connect(order.endpoint)
+        self._seq = 0
+        self._questions: dict[int, tuple[str, float]] = {}
+        """Asked and not answered: whose (handle), when."""
+        self._by_handle: dict[str, _Running] = {}
+        self._opened: Opened | None = None
+        self._peers: list[tuple[Route, Peer]] = []
+        self._transport = ""
+        self._stride_bytes = 0
+        self._stride_tokens = 1
+        self.ended: list[Pulled] = []
+        self._socket.send(_encode(Open(self._next(), VERSION, mine.layout, mine.rank)))
+
+    def __len__(self) -> int:
+        return len(self._by_handle)
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        return self._socket
+
+    @property
+    def flying(self) -> int:
+        """Bytes of reads in flight."""
+        return sum(f.size for r in self._by_handle.values() for f in r.flights)
+
+    def descriptors(self) -> list[int] | None:
+        """What wakes a reader while reads are in flight; None when only the clock does."""
+        found: list[int] = []
+        for _, peer in self._peers:
+            if not (these := peer.descriptors()):
+                return None
+            found += these
+        return found
+
+    # ------------------------------------------------------------ pulls
+
+    def start(self, order: Order, now: float) -> None:
+        if order.handle in self._by_handle:
+            self.ended.append(Pulled(order.request_id, f"handle {order.handle} is being pulled"))
+            return
+        running = _Running(order, Pull(self._timeouts, asked_at=now))
+        self._by_handle[order.handle] = running
+        if self._opened is not None:
+            self._carry_out(running, running.pull.opened(self._wanted(order), now), now)
+
+    def cancel(self, handle: str, now: float) -> None:
+        if running := self._by_handle.get(handle):
+            self._carry_out(running, running.pull.cancel(now), now)
+
+    # ------------------------------------------------------------ the sender speaks
+
+    def hear(self) -> None:
+        """Take what has come."""
+        for _ in range(RECEIVE_MAX):
+            try:
+                message = _decode(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            except MALFORMED as error:
+                raise Broken(f"the sender's frame is not readable: {error}") from None
+            now = time.monotonic()
+            match message:
+                case Opened():
+                    self._open(message, now)
+                case Rejected(reason=reason):
+                    raise Broken(reason)
+                case Held(seq=seq):
+                    handle, asked_at = self._questions.pop(seq, ("", 0.0))
+                    if running := self._by_handle.get(handle):
+                        self._carry_out(running, running.pull.held(asked_at, now), now)
+                case _:
+                    self._tell(message, now)
+
+    def _tell(self, message: Blocks | Sealed | Gone, now: float) -> None:
+        running = self._by_handle.get(message.handle)
+        if running is None:
+            return
+        match message:
+            case Blocks():
+                effects = running.pull.blocks(message, now)
+            case Sealed():
+                running.sealed_at = running.sealed_at or now
+                effects = running.pull.seal(message, now)
+            case Gone(seq=seq, reason=reason):
+                self._questions.pop(seq, None)
+                effects = running.pull.gone(reason, now)
+        self._carry_out(running, effects, now)
+
+    def _open(self, message: Opened, now: float) -> None:
+        if self._opened is not None:
+            return
+        if message.epoch != self.epoch:
+            raise Broken(f"sender is of epoch {message.epoch}, the handle of {self.epoch}")
+        try:
+            self._connect(message)
+        except (TransferError, Unlike) as error:
+            raise Broken(f"can't connect: {error}") from error
+        self._opened = message
+        for running in list(self._by_handle.values()):
+            effects = running.pull.opened(self._wanted(running.order), now)
+            self._carry_out(running, effects, now)
+
+    def _connect(self, message: Opened) -> None:
+        mine = self._mine
+        for route in routes(message.layout, mine.layout, mine.rank):
+            if route.sender_rank >= len(message.regions):
+                raise TransferError(f"the sender has no rank {route.sender_rank}")
+            regions = message.regions[route.sender_rank]
+            transport, description = choose(
+                mine.memory, [(r.transport, r.description) for r in regions], mine.transports
+            )
+            blocks = next(r.blocks for r in regions if r.transport == transport.name)
+            peer = transport.connect(mine.memory, description, route.unit_bytes)
+            bound = route.bound(mine.memory.segments[0].blocks, blocks)
+            self._peers.append((bound, peer))
+            self._transport = transport.name
+            self._stride_tokens = route.stride_tokens
+            self._stride_bytes += route.unit_bytes * len(route.local.heads) * route.local.layers
+        log.info(
+            "sender connected",
+            extra={"endpoint": self.endpoint, "transport": self._transport},
+        )
+
+    def _wanted(self, order: Order) -> Wanted:
+        assert self._opened is not None
+        block_tokens = self._opened.layout.block_tokens
+        links = chain(order.token_ids, block_tokens, salt=order.salt, lora=order.lora)
+        tokens = len(order.token_ids)
+        return Wanted(
+            Expectation(tokens, links, order.model_digest, order.tokenizer_digest),
+            per_block=block_tokens // self._stride_tokens,
+            begin=order.cached_tokens // self._stride_tokens,
+            end=-(-tokens // self._stride_tokens),
+            lease_s=self._opened.lease_s,
+        )
+
+    # ------------------------------------------------------------ reading
+
+    def move(self, room: int) -> None:
+        """Start reads into `room` bytes, and see how those in flight stand."""
+        for running in list(self._by_handle.values()):
+            self._land(running)
+            while room > 0 and (size := self._start_read(running, room)):
+                room -= size
+
+    def _start_read(self, running: _Running, room: int) -> int:
+        now = time.monotonic()
+        if not self._stride_bytes:
+            return 0
+        # One stride always fits: a bound below it would be no bound but a standstill.
+        most = max(1, min(room, READ_BYTES_MAX) // self._stride_bytes)
+        found = running.pull.next_read(most, now)
+        if found is None:
+            return 0
+        number, strides = found
+        parts: list[tuple[Peer, Any]] = []
+        if not running.flights:
+            running.busy_since = now
+        flight = _Flight(number, strides, len(strides) * self._stride_bytes, parts)
+        running.flights.append(flight)
+        try:
+            for route, peer in self._peers:
+                local, remote = route.units(strides, running.order.local_blocks, running.pull.remote)
+                parts.append((peer, peer.read(local, remote)))
+        except (TransferError, IndexError) as error:
+            raise Broken(f"can't read: {error}") from error
+        return flight.size
+
+    def _land(self, running: _Running) -> None:
+        for flight in list(running.flights):
+            while flight.parts:
+                peer, handle = flight.parts[-1]
+                progress = peer.poll(handle)
+                if progress is Progress.PENDING:
+                    break
+                if progress is Progress.FAILED:
+                    raise Broken("the transport reports the read as failed")
+                flight.parts.pop()
+            if flight.parts:
+                continue
+            running.flights.remove(flight)
+            running.moved += flight.size
+            now = time.monotonic()
+            if not running.flights:
+                self._count(running, now)
+            sums = self._sums(running, flight)
+            now = time.monotonic()
+            self._carry_out(running, running.pull.read_done(flight.number, now, sums), now)
+
+    def _sums(self, running: _Running, flight: _Flight) -> list[int | None]:
+        pull, mode = running.pull, checksums.Mode(self._opened.checksums if self._opened else "off")
+        # Of other cuts than ours, no block of theirs is one here.
+        alike = len(self._peers) == 1 and pull.wanted is not None and pull.wanted.per_block == 1
+        if mode is checksums.Mode.OFF or not alike or not pull.sums:
+            return []
+        at = flight.strides
+        blocks = running.order.local_blocks[at.start : at.stop]
+        seed = running.order.handle.encode()
+        return list(checksums.sums(self._mine.memory, blocks, mode, seed, first=at.start))
+
+    def _count(self, running: _Running, now: float) -> None:
+        began = running.busy_since
+        running.read_s += now - began
+        hidden_until = now if running.sealed_at is None else running.sealed_at
+        running.hidden_s += max(0.0, min(now, hidden_until) - began)
+
+    # ------------------------------------------------------------ time and trouble
+
+    def tick(self, now: float) -> None:
+        for running in list(self._by_handle.values()):
+            self._carry_out(running, running.pull.tick(now), now)
+
+    def drop(self, reason: str) -> None:
+        """Give the sender up. Fence first: only then are the blocks out of its reach."""
+        for _, peer in self._peers:
+            peer.fence()
+        now = time.monotonic()
+        for running in list(self._by_handle.values()):
+            if running.flights:
+                running.flights.clear()
+                self._count(running, now)
+            self._carry_out(running, running.pull.fenced(reason), now)
+        self._socket.close()
+
+    # ------------------------------------------------------------ effects
+
+    def _next(self) -> int:
+        self._seq += 1
+        return self._seq
+
+    def _carry_out(self, running: _Running, effects: Effects, now: float) -> None:
+        order, mine = running.order, self._mine
+        for effect in effects:
+            match effect:
+                case AskFollow():
+                    seq = self._ask(order.handle, now)
+                    self._send(Follow(seq, order.epoch, order.handle, mine.rank, mine.layout.ranks))
+                case AskRenew():
+                    self._send(Renew(self._ask(order.handle, now), order.epoch, order.handle))
+                case TellRelease():
+                    self._send(Release(order.epoch, order.handle, mine.rank))
+                case FencePeer(reason):
+                    raise Broken(reason)
+                case End(error):
+                    self._end(running, error)
+
+    def _ask(self, handle: str, now: float) -> int:
+        seq = self._next()
+        self._questions[seq] = (handle, now)
+        return seq
+
+    def _send(self, message: Follow | Renew | Release) -> None:
+        try:
+            self._socket.send(_encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            log.warning("control frame not sent", extra={"endpoint": self.endpoint})
+
+    def _end(self, running: _Running, error: str | None) -> None:
+        order, pull = running.order, running.pull
+        del self._by_handle[order.handle]
+        for seq in [s for s, (handle, _) in self._questions.items() if handle == order.handle]:
+            del self._questions[seq]
+        if pull.mismatched:
+            log.error("KV refused", extra={"handle": order.handle, "reason": error})
+        # In a failed pull the sender may have sealed all the same: its token is the client's.
+        token = pull.sealed.manifest.first_token if pull.sealed else None
+        self.ended.append(
+            Pulled(
+                order.request_id, error, pull.mismatched, self._transport,
+                running.moved, running.read_s, running.hidden_s, token,
+            )
+        )  # fmt: skip
