@@ -76,6 +76,7 @@ class Link:
         socket.connect(self.address)
         self._loop.add_reader(_descriptor(socket), self._receive)
         self._loop.add_reader(_descriptor(self._monitor), self._notice)
+        self._notice()  # Until a monitor is found empty once, its descriptor tells nothing.
         self._hello()
 
     def close(self) -> None:
