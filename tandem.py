@@ -10,6 +10,7 @@ _COMMANDS = {
     "router": ("router.__main__", "the OpenAI endpoint in front of the workers"),
     "worker": ("workers.__main__", "one engine: prefill, decode, or both"),
     "up": ("deploy.local.up", "router, prefill and decode on this machine"),
+    "keys": ("deploy.local.keys", "make the token channel's key files"),
     "models": ("deploy.local.models", "make the small model that the tests use"),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import signal
@@ -10,23 +9,28 @@ import socket
 import sys
 import time
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
+import zmq
 
 from router.core.compat import RouterFacts
 from router.dispatch import Dispatch
 from router.journal import Journal
-from router.link import Links
+from router.link import Curve, Links
 from router.metrics import Metrics
+from router.settings import RouterSettings
 from workers.addresses import write_addresses
 from workers.digests import model_digest, tokenizer_digest
+from workers.flags import read_settings
+from workers.keys import KeyFileBad, read_public, read_secret
 from workers.logs import log_to_stderr
 from workers.models import ModelMissing, resolve_model
 
 if TYPE_CHECKING:
+    import argparse
+
     from workers.api import ToWorker
 
 log = logging.getLogger("router")
@@ -34,52 +38,50 @@ log = logging.getLogger("router")
 
 def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. 1 when it can't start."""
-    args, flags = _parser().parse_known_args(argv)
+    settings, flags = read_settings(
+        RouterSettings,
+        argv,
+        prog="tandem router",
+        description="The OpenAI endpoint. Any other flag is that of vLLM's OpenAI server.",
+    )
     log_to_stderr()
-    addresses = [a for a in args.workers.split(",") if a]
-    bad = [a for a in addresses if not a.startswith("tcp://")]
-    if bad or not addresses:
-        print(f"tandem router: --workers: {bad or 'none'}: want tcp://host:port", file=sys.stderr)
-        return 2
     try:
-        model = resolve_model(args.model)
+        curve = _curve(settings)
+        model = resolve_model(settings.model)
         digests = model_digest(model), tokenizer_digest(model)
-        listener = socket.create_server((args.host, args.port))
+        listener = socket.create_server((settings.host, settings.port))
         # Connections inherit it. An event loop may not set it by itself, and then each event of a
         # stream waits for the acknowledgement of the one before, up to 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except (ModelMissing, OSError) as error:
+    except (KeyFileBad, ModelMissing, OSError) as error:
         print(f"tandem router: {error}", file=sys.stderr)
         return 1
     # A bad flag should be told of in a moment: what takes seconds comes after.
     from router.front import front_args
 
     if not any(f.startswith("--served-model-name") for f in flags):
-        flags += ["--served-model-name", args.model]
+        flags += ["--served-model-name", settings.model]
     front = front_args(model, flags)
-    uvloop.run(_serve(args, front, listener, digests))
+    uvloop.run(_serve(settings, front, listener, digests, curve))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tandem router",
-        description="The OpenAI endpoint. Any other flag is that of vLLM's OpenAI server.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="the workers' own")
-    parser.add_argument("--workers", required=True, help="tcp://host:port,… of token channels")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--address-file", type=Path, help="written once the socket is bound")
-    return parser
+def _curve(settings: RouterSettings) -> Curve | None:
+    if settings.curve_secret_file is None or settings.curve_workers_file is None:
+        return None
+    secret = read_secret(settings.curve_secret_file)
+    workers = read_public(settings.curve_workers_file)
+    if len(workers) > 1:
+        raise KeyFileBad(f"key file {settings.curve_workers_file}: the workers share one key")
+    return Curve(zmq.curve_public(secret), secret, workers[0])
 
 
 async def _serve(
-    args: argparse.Namespace,
+    settings: RouterSettings,
     front: argparse.Namespace,
     listener: socket.socket,
     digests: tuple[str, str],
+    curve: Curve | None,
 ) -> None:
     from router.engine import DisaggregatedEngine
     from router.front import build_front, front_config
@@ -88,7 +90,7 @@ async def _serve(
     engine = DisaggregatedEngine(config)
     facts = RouterFacts(
         router_id=f"router-{socket.gethostname()}-{uuid.uuid4().hex[:8]}",
-        model=args.model,
+        model=settings.model,
         model_digest=digests[0],
         tokenizer_digest=digests[1],
         max_model_len=config.model_config.max_model_len,
@@ -97,17 +99,18 @@ async def _serve(
     def send(worker_id: str, message: ToWorker) -> None:
         links.send(worker_id, message)
 
-    dispatch = Dispatch(send, engine, time.monotonic, Journal(Metrics()))
+    journal = Journal(Metrics())
+    dispatch = Dispatch(send, engine, time.monotonic, journal, settings.reserve)
     engine.attach(dispatch)
-    links = Links(args.workers.split(","), facts, dispatch)
+    links = Links(settings.workers, facts, dispatch, curve)
     app = await build_front(engine, links, dispatch, front)
     server = _Server(
         uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
     )
     app.state.server = server
-    if args.address_file:
-        http = f"http://{args.host}:{listener.getsockname()[1]}"
-        write_addresses(args.address_file, channel=None, http=http)
+    if settings.address_file:
+        http = f"http://{settings.host}:{listener.getsockname()[1]}"
+        write_addresses(settings.address_file, channel=None, http=http)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.leave)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import zmq
@@ -38,12 +38,20 @@ SEND_QUEUE_MAX: Final = 10_000
 """Messages to one worker that may wait; one that takes no more is lost."""
 
 
+_EVENTS: Final = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Curve:
     """ZeroMQ CURVE keys, Z85: the router's own pair and the workers' common public key."""
 
     public: bytes
-    secret: bytes
+    secret: bytes = field(repr=False)
     server: bytes
 
 
@@ -72,10 +80,12 @@ class Link:
             socket.curve_secretkey = curve.secret
             socket.curve_serverkey = curve.server
         self._socket = socket
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._deaf = False
+        self._monitor = socket.get_monitor_socket(_EVENTS)
         socket.connect(self.address)
         self._loop.add_reader(_descriptor(socket), self._receive)
         self._loop.add_reader(_descriptor(self._monitor), self._notice)
+        self._notice()  # Until a monitor is found empty once, its descriptor tells nothing.
         self._hello()
 
     def close(self) -> None:
@@ -95,7 +105,10 @@ class Link:
 
     def beat(self) -> None:
         """Once a second: hello until there is an answer, then a sign of life."""
-        if self.worker_id is None:
+        if self._deaf:
+            self.close()
+            self._open()
+        elif self.worker_id is None:
             self._hello()
         else:
             self.send(Heartbeat())
@@ -166,10 +179,26 @@ class Link:
         monitor = self._monitor
         broken = False
         while _readable(monitor):
-            event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
-            broken = broken or event["event"] == zmq.EVENT_DISCONNECTED
+            event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"]
+            if event == zmq.EVENT_DISCONNECTED:
+                broken = True
+            else:
+                self._failed_handshake(event)
         if broken and self.worker_id is not None:
             self.lost("connection closed")
+
+    def _failed_handshake(self, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            # libzmq tries again by itself; without keys it is a worker that ended meanwhile.
+            if self._links.curve:
+                self._refuse("the handshake broke off: are the workers' keys others?")
+            return
+        # libzmq would never try again, but the worker's next life may have other keys.
+        self._deaf = True
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._refuse("the worker does not know this router's key")
+        else:
+            self._refuse("one side has CURVE keys for the token channel and the other has none")
 
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:

@@ -10,23 +10,24 @@ import signal
 import socket
 import sys
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvloop
 import zmq
 
 from workers.addresses import write_addresses
-from workers.api import Role
 from workers.channel import Channel
 from workers.digests import model_digest, tokenizer_digest
 from workers.engines.base import EngineDead
+from workers.flags import read_settings
 from workers.http import HttpSide
+from workers.keys import KeyFileBad, WorkerKeys, read_public, read_secret
 from workers.logs import log_to_stderr
 from workers.metrics import Metrics
 from workers.models import ModelMissing, resolve_model
 from workers.orphans import guard
 from workers.server import Identity, Worker
+from workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from workers.engines.base import Engine
@@ -36,31 +37,38 @@ log = logging.getLogger("workers")
 
 def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. 0 after a drain, 1 when it can't start or the engine dies."""
-    args, engine_flags = _parser().parse_known_args(argv)
+    settings, engine_flags = read_settings(
+        WorkerSettings,
+        argv,
+        prog="tandem worker",
+        description="One engine behind the token channel. Any other flag is the engine's own: "
+        "see vLLM's engine arguments.",
+    )
     log_to_stderr()
     try:
-        args.model = resolve_model(args.model)
+        keys = _keys(settings)
+        model = resolve_model(settings.model)
         identity = Identity(
-            worker_id=args.worker_id or f"{args.role}-{socket.gethostname()}-{os.getpid()}",
+            worker_id=settings.worker_id or f"{settings.role}-{socket.gethostname()}-{os.getpid()}",
             epoch=uuid.uuid4().hex,
-            role=Role(args.role),
-            model=args.model,
-            model_digest=model_digest(args.model),
-            tokenizer_digest=tokenizer_digest(args.model),
-            lease_s=args.lease_s,
+            role=settings.role,
+            model=model,
+            model_digest=model_digest(model),
+            tokenizer_digest=tokenizer_digest(model),
+            lease_s=settings.lease_s,
         )
-    except ModelMissing as error:
+    except (KeyFileBad, ModelMissing) as error:
         print(f"tandem worker: {error}", file=sys.stderr)
         return 1
     guard()
     try:
-        engine = _engine(args, identity, engine_flags)
+        engine = _engine(settings, identity, engine_flags)
     except ValueError as error:  # pydantic's and vLLM's own are ValueErrors too.
         print(f"tandem worker: {error}", file=sys.stderr)
         return 1
     status = 0
     try:
-        uvloop.run(_serve(args, identity, engine))
+        uvloop.run(_serve(settings, identity, engine, keys))
     except* (OSError, zmq.ZMQError, EngineDead) as group:
         print(f"tandem worker: {_first(group)}", file=sys.stderr)
         status = 1
@@ -74,53 +82,45 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tandem worker",
-        description="One engine behind the token channel. Any other flag is the engine's own: "
-        "see vLLM's engine arguments.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--role", choices=[r.value for r in Role], required=True)
-    parser.add_argument("--model", required=True, help="a prepared name, a local path or hub name")
-    parser.add_argument("--engine", choices=["vllm", "sim"], default="vllm")
-    parser.add_argument("--host", default="127.0.0.1", help="address that others reach this at")
-    parser.add_argument("--port", type=int, default=0, help="token channel; 0 takes a free one")
-    parser.add_argument("--http-port", type=int, default=0)
-    parser.add_argument("--worker-id", help="stable over restarts; the pod's name")
-    parser.add_argument("--address-file", type=Path, help="written once the sockets are bound")
-    parser.add_argument("--lease-s", type=float, default=30.0, help="how long KV is kept unread")
-    parser.add_argument("--drain-s", type=float, default=30.0, help="how long SIGTERM waits")
-    parser.add_argument("--kv-connector", choices=["tandem", "nixl", "none"], default="tandem")
-    parser.add_argument("--kv-transports", default="", help="names, best first; all by default")
-    parser.add_argument(
-        "--kv-checksums", choices=["off", "sampled", "full"], default="sampled",
-        help="of the payload; what a sender sums is what its receivers compare",
-    )  # fmt: skip
-    parser.add_argument("--kv-answer-s", type=float, default=5.0, help="for a peer's answer")
-    parser.add_argument("--kv-read-s", type=float, default=30.0, help="for one read of KV")
-    return parser
+def _keys(settings: WorkerSettings) -> WorkerKeys | None:
+    if settings.curve_secret_file is None or settings.curve_routers_file is None:
+        return None
+    routers = frozenset(read_public(settings.curve_routers_file))
+    return WorkerKeys(read_secret(settings.curve_secret_file), routers)
 
 
-def _engine(args: argparse.Namespace, identity: Identity, flags: list[str]) -> Engine:
-    if args.engine == "sim":
+def _engine(settings: WorkerSettings, identity: Identity, flags: list[str]) -> Engine:
+    if settings.engine == "sim":
         from workers.engines.sim import SimEngine, sim_settings
 
-        return SimEngine(sim_settings(flags, args.lease_s), identity.epoch)
+        return SimEngine(sim_settings(flags, settings.lease_s), identity.epoch)
     from workers.engines.vllm import VllmEngine
     from workers.engines.vllm_config import vllm_config
 
+    args = argparse.Namespace(
+        model=identity.model,
+        role=settings.role.value,
+        host=settings.host,
+        lease_s=settings.lease_s,
+        kv_connector=settings.kv_connector,
+        kv_transports=settings.kv_transports,
+        kv_checksums=settings.kv_checksums,
+        kv_answer_s=settings.kv_answer_s,
+        kv_read_s=settings.kv_read_s,
+    )
     return VllmEngine(vllm_config(args, identity, flags))
 
 
-async def _serve(args: argparse.Namespace, identity: Identity, engine: Engine) -> None:
+async def _serve(
+    settings: WorkerSettings, identity: Identity, engine: Engine, keys: WorkerKeys | None
+) -> None:
     metrics = Metrics()
     worker = Worker(engine, identity, metrics)
-    channel = Channel(args.host, args.port, worker)
+    channel = Channel(settings.host, settings.port, worker, keys)
     worker.attach(channel)
-    http = HttpSide(args.host, args.http_port, worker, metrics)
-    if args.address_file:
-        write_addresses(args.address_file, channel=channel.address, http=http.address)
+    http = HttpSide(settings.host, settings.http_port, worker, metrics)
+    if settings.address_file:
+        write_addresses(settings.address_file, channel=channel.address, http=http.address)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -128,7 +128,7 @@ async def _serve(args: argparse.Namespace, identity: Identity, engine: Engine) -
     try:
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(worker.run()), tasks.create_task(http.run())]
-            tasks.create_task(_until_stopped(stop, worker, args.drain_s, running))
+            tasks.create_task(_until_stopped(stop, worker, settings.drain_s, running))
     finally:
         engine.close()
         channel.close()

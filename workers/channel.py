@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Final, Protocol
 import zmq
 
 from workers.api import MALFORMED, decode_to_worker, encode
+from workers.gate import Gate
 
 if TYPE_CHECKING:
     from workers.api import ToRouter, ToWorker
+    from workers.keys import WorkerKeys
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +31,13 @@ class Listener(Protocol):
 class Channel:
     """Frames in and out; who may say what is the listener's business."""
 
-    def __init__(self, host: str, port: int, listener: Listener) -> None:
-        """Bind. Raises zmq.ZMQError when the address is taken."""
+    def __init__(
+        self, host: str, port: int, listener: Listener, keys: WorkerKeys | None = None
+    ) -> None:
+        """Bind; with `keys`, only known routers get in.
+
+        Raises zmq.ZMQError when the address is taken.
+        """
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
@@ -42,10 +49,15 @@ class Channel:
         self._socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
+        self.gate = Gate(self._context, keys) if keys else None
         try:
+            if self.gate:
+                self.gate.guard(self._socket)
             self._socket.bind(f"tcp://{host}:{port or '*'}")
         except zmq.ZMQError:
             self._socket.close(linger=0)
+            if self.gate:
+                self.gate.close()
             raise
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.malformed_total = 0
@@ -65,6 +77,8 @@ class Channel:
     def close(self) -> None:
         self._loop.remove_reader(self._descriptor)
         self._socket.close()
+        if self.gate:
+            self.gate.close()
         self._context.term()
 
     @property

@@ -6,8 +6,16 @@ import ast
 import re
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+from router.settings import RouterSettings
+from workers.flags import choices, default_text, flag, variable
+from workers.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from pydantic_settings import BaseSettings
 
 TOP = Path(__file__).parents[2]
 LINES_MAX = 400
@@ -91,6 +99,28 @@ def test_every_error_code_is_documented() -> None:
     page = (TOP / "docs/errors.md").read_text(encoding="utf-8")
     assert len(codes) > 5
     assert [c for c in codes if f"`{c}`" not in page] == []
+
+
+@pytest.mark.parametrize("kind", [WorkerSettings, RouterSettings])
+def test_every_setting_is_documented_with_its_default_and_its_range(
+    kind: type[BaseSettings],
+) -> None:
+    page = (TOP / "docs/settings.md").read_text(encoding="utf-8")
+    prefix = kind.model_config["env_prefix"]
+    documented = re.findall(rf"^\| `--[a-z-]+` \| `({prefix}\w+)` \|", page, re.MULTILINE)
+    assert documented == [variable(prefix, name) for name in kind.model_fields]
+    for name, field in kind.model_fields.items():
+        start = f"| `{flag(name)}` | `{variable(prefix, name)}` |"
+        rows = [line for line in page.splitlines() if line.startswith(start)]
+        assert len(rows) == 1, start
+        _, _, _, values, default, what, _ = rows[0].split("|")
+        assert default.strip().strip("`") == default_text(field), name
+        assert what.strip()
+        bounds = {
+            getattr(m, b) for m in field.metadata for b in ("gt", "ge", "le") if hasattr(m, b)
+        }
+        assert bounds <= {int(n) for n in re.findall(r"\b\d+\b", values)}, name
+        assert [c for c in choices(field) if f"`{c}`" not in values] == [], name
 
 
 def test_every_metric_is_documented() -> None:

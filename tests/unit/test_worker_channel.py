@@ -36,10 +36,17 @@ from workers.server import Identity, Worker
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
+    from router.link import Curve
     from workers.api import ToRouter, ToWorker
+    from workers.keys import WorkerKeys
 
 WAIT_S = 10.0
 FAST = SimSettings(step_s=0.002, prefill_tokens_per_s=1e6, max_model_len=4096, lease_s=30.0)
+HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 PROMPT = list(range(1, 40))
 HELLO = RouterHello(PROTOCOL, "r1", "model", "tokenizer")
 
@@ -47,9 +54,16 @@ HELLO = RouterHello(PROTOCOL, "r1", "model", "tokenizer")
 class Peer:
     """A router's end, said and heard by hand."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+    def __init__(
+        self, context: zmq.asyncio.Context, address: str, curve: Curve | None = None
+    ) -> None:
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        if curve:
+            self._socket.curve_publickey = curve.public
+            self._socket.curve_secretkey = curve.secret
+            self._socket.curve_serverkey = curve.server
+        self._monitor = self._socket.get_monitor_socket(HANDSHAKE_FAILED)
         self._socket.connect(address)
         self.batches: list[Batch] = []
 
@@ -82,7 +96,15 @@ class Peer:
         batch = await self.until(ends)
         return next(d for d in batch.deltas if d.request_id == request_id and d.finish)
 
+    async def turned_away(self) -> None:
+        """Until the handshake has failed. Nothing was heard by then."""
+        async with asyncio.timeout(WAIT_S):
+            await self._monitor.recv_multipart()
+        assert not await self._socket.poll(0)
+
     def close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
         self._socket.close()
 
 
@@ -91,17 +113,22 @@ class Place:
         self.worker, self.channel, self._context = worker, channel, context
         self.peers: list[Peer] = []
 
-    def peer(self) -> Peer:
-        self.peers.append(Peer(self._context, self.channel.address))
+    def peer(self, curve: Curve | None = None) -> Peer:
+        self.peers.append(Peer(self._context, self.channel.address, curve))
         return self.peers[-1]
 
 
 @asynccontextmanager
-async def place(role: Role = Role.MIXED, config: SimSettings = FAST) -> AsyncIterator[Place]:
+async def place(
+    role: Role = Role.MIXED,
+    config: SimSettings = FAST,
+    keys: WorkerKeys | None = None,
+    port: int = 0,
+) -> AsyncIterator[Place]:
     identity = Identity("w1", "e1", role, "m", "model", "tokenizer", config.lease_s)
     engine = SimEngine(config, "e1")
     worker = Worker(engine, identity, Metrics())
-    channel = Channel("127.0.0.1", 0, worker)
+    channel = Channel("127.0.0.1", port, worker, keys)
     worker.attach(channel)
     running = asyncio.create_task(worker.run())
     here = Place(worker, channel, zmq.asyncio.Context())

@@ -1,0 +1,71 @@
+"""What a router's process can be told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Final, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from router.dispatch import Reserve
+from workers.flags import FileToWrite, Port, Text
+
+_ADDRESS: Final = re.compile(r"tcp://[A-Za-z0-9._-]+:([0-9]{1,5})")
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def _address(value: str) -> str:
+    found = _ADDRESS.fullmatch(value)
+    if not found or not 0 < int(found[1]) <= 65535:
+        raise ValueError("want tcp://host:port")
+    return value
+
+
+def _distinct(addresses: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(addresses)) < len(addresses):
+        raise ValueError("an address is there twice")
+    return addresses
+
+
+Addresses = Annotated[
+    # Not decoded: it is no JSON, neither as a flag nor as a variable.
+    tuple[Annotated[str, AfterValidator(_address)], ...],
+    NoDecode,
+    BeforeValidator(_split),
+    AfterValidator(_distinct),
+    Field(min_length=1),
+]
+
+
+class RouterSettings(BaseSettings):
+    """Built once, in `__main__`; docs/settings.md has them all."""
+
+    model_config = SettingsConfigDict(env_prefix="ROUTER_", frozen=True, extra="forbid")
+
+    model: Text = Field(description="the workers' own")
+    workers: Addresses = Field(description="token channels, tcp://host:port, with commas between")
+    host: Text = Field("127.0.0.1", description="address that it listens at")
+    port: Port = Field(8000, description="HTTP; 0 takes a free one")
+    address_file: FileToWrite | None = Field(
+        None, description="where its address is written once the socket is bound"
+    )
+    reserve: Reserve = Field(
+        Reserve.AT_DISPATCH, description="when the decode worker sets blocks aside for a prompt"
+    )
+    curve_secret_file: Path | None = Field(
+        None, description="its own secret key: encrypts the token channel"
+    )
+    curve_workers_file: Path | None = Field(None, description="the workers' public key")
+
+    @model_validator(mode="after")
+    def _both_keys_or_none(self) -> Self:
+        if (self.curve_secret_file is None) != (self.curve_workers_file is None):
+            raise ValueError("--curve-secret-file and --curve-workers-file go together")
+        return self
