@@ -9,6 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 import zmq
 
 from kvtransfer.protocol import (
@@ -24,10 +25,13 @@ from kvtransfer.protocol import (
     Ticket,
     ToReceiver,
 )
-from kvtransfer.transports.ucx import NAME, Progress, UcxMemory, UcxPeer
+from kvtransfer.transports.api import Memory, Progress, TransferError
+from kvtransfer.transports.ucx import NAME, UcxDescription, UcxPeer, UcxTransport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from kvtransfer.transports.api import Units
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +85,8 @@ class _Sender:
     socket: zmq.Socket[bytes]
     epoch: str
     peer: UcxPeer | None = None
+    blocks: int = 0
+    """In each of its layers."""
     open_seq: int = 0
     pulls: dict[str, _Pull] = field(default_factory=dict)
 
@@ -88,7 +94,7 @@ class _Sender:
 class Receiver:
     """All pulls of one engine. Call `poll` at every step; it takes microseconds when idle."""
 
-    def __init__(self, memory: UcxMemory, kv_digest: str, timeouts: Timeouts) -> None:
+    def __init__(self, memory: Memory, kv_digest: str, timeouts: Timeouts) -> None:
         self._memory = memory
         self._kv_digest = kv_digest
         self._timeouts = timeouts
@@ -177,8 +183,11 @@ class Receiver:
             raise _Broken(f"sender offers {message.transport}, this receiver {NAME}")
         if sender.peer is None:
             try:
-                sender.peer = UcxPeer(self._memory, message.region)
-            except Exception as error:  # NIXL's errors share no base class.
+                unit_bytes = self._memory.segments[0].block_bytes
+                sender.peer = UcxTransport().connect(self._memory, message.region, unit_bytes)
+                theirs = msgspec.msgpack.decode(message.region, type=UcxDescription)
+                sender.blocks = theirs.segments[0].blocks
+            except TransferError as error:
                 raise _Broken(f"can't connect: {error}") from error
             for pull in sender.pulls.values():
                 if pull.phase is _Phase.OPENING:
@@ -205,12 +214,20 @@ class Receiver:
         assert sender.peer is not None
         now = time.monotonic()
         try:
-            pull.handle = sender.peer.read(pull.local, pull.remote)
-        except Exception as error:  # NIXL's errors share no base class.
+            pull.handle = sender.peer.read(
+                self._units(pull.local, self._memory.segments[0].blocks),
+                self._units(pull.remote, sender.blocks),
+            )
+        except TransferError as error:
             raise _Broken(f"can't read: {error}") from error
         pull.phase = _Phase.READING
         pull.deadline = now + self._timeouts.read_s
         pull.renew_at = now + lease_s / 3
+
+    def _units(self, blocks: list[int], of: int) -> Units:
+        """Of these blocks in all layers; a block is one unit."""
+        layers = np.arange(len(self._memory.segments), dtype=np.int32) * of
+        return (layers[:, None] + np.asarray(blocks, dtype=np.int32)[None, :]).reshape(-1)
 
     def _move(self, sender: _Sender) -> None:
         now = time.monotonic()

@@ -10,7 +10,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from kvtransfer.core.manifest import decode_ticket
 from kvtransfer.receiver import Pulled, Receiver, Timeouts
-from kvtransfer.transports.ucx import NAME, Segment, UcxMemory, UcxOffer
+from kvtransfer.transports.api import Memory, Segment
+from kvtransfer.transports.ucx import NAME, UcxOffer, UcxTransport
 from kvtransfer.vllm_records import HandoffStats, PullOrder, StepPlan, WorkerFacts
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ class WorkerHalf:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Offer the engine's KV memory: tensors of (blocks, …), one a layer."""
-        segments = [_segment(tensor) for tensor in kv_caches.values()]
-        memory = UcxMemory(segments)
-        self._offer = UcxOffer(memory)
+        segments = tuple(_segment(tensor) for tensor in kv_caches.values())
+        memory = Memory(segments)
+        self._offer = UcxTransport().offer(memory)
         self.facts = WorkerFacts(
             kv_digest=_digest(kv_caches, self._block_tokens),
             transport=NAME,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+import numpy as np
 
 from kvtransfer.transports import place
 from kvtransfer.transports.api import Abilities, Memory, Progress, TransferError
@@ -37,11 +38,10 @@ REQUEST_BYTES: Final = 4 << 20
 """A read is asked for in requests of about this size, so that streams share it evenly."""
 AHEAD_BYTES: Final = 16 << 20
 """Asked for and not yet here, a stream: what a sender may still send of a read that was let go."""
-POLL_BYTES: Final = 16 << 20
+POLL_BYTES: Final = 4 << 20
 """What one poll takes from a stream, at most about: a poll must not become a wait."""
 PIECES_MAX: Final = 256
 """For one `recvmsg`: more than come at once are only looked at in vain."""
-RECEIVE_BUFFER_BYTES: Final = 4 << 20
 
 
 class TcpTransport:
@@ -146,7 +146,7 @@ class TcpPeer:
         self._look_for_the_end()
         if self._gone is not None:
             raise TransferError(self._gone)
-        read = _Read(local, remote, left=len(local))
+        read = _Read(local.astype(np.int32), remote.astype(np.int32), left=len(local))
         if not read.left:
             read.progress = Progress.DONE
             return read
@@ -277,7 +277,8 @@ def _connect(
         each = socket.create_connection((theirs.host, theirs.port), timeout=_left(until))
         sockets.append(each)
         each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        # Buffers are the kernel's to size: fixed ones of 4 MiB gained nothing, and where the
+        # system's bound is low they would be the brake.
         each.sendall(pack_hello(theirs.token, unit_bytes))
     units = 0
     for each in sockets:

@@ -44,7 +44,6 @@ STALL_TIMEOUT_S: Final = 60
 ACCEPT_PAUSE_S: Final = 0.1
 PIECES_MAX: Final = 1024
 """IOV_MAX: how many one `sendmsg` takes."""
-SEND_BUFFER_BYTES: Final = 4 << 20
 
 
 class TcpOffer:
@@ -165,7 +164,6 @@ def _receive(connection: socket.socket, size: int, *, idle: bool) -> bytes:
 
 def _tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     # A reader's machine that is gone without a word ends its connection within half a minute.
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):

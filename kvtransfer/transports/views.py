@@ -52,6 +52,11 @@ class Views:
         view = self._view
         return [view[a:b] for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
 
+    def each(self, numbers: Numbers) -> list[memoryview]:
+        """As `of`, but a piece for each unit."""
+        view, size = self._view, self.unit_bytes
+        return [view[a : a + size] for a in self._offsets[numbers].tolist()]
+
 
 def check_range(numbers: Numbers, units: int, whose: str) -> None:
     """Raises `TransferError` for a number that is none of `whose` units."""
