@@ -1,4 +1,4 @@
-"""What a transport is: reads from a peer's memory into one's own, and a way to be sure they are over.
+"""What a transport is: reads from a peer's memory, and a way to be sure they are over.
 
 Sender side: `offer` makes a process's KV memory readable and describes it in bytes; whoever has the
 bytes may read until the offer is closed. Receiver side: `connect` makes a `Peer` of a description;
