@@ -53,7 +53,10 @@ class CollectiveTransport:
             raise TransferError(f"can't listen on {self._host}: {error}") from None
 
     def reaches(self, description: bytes) -> bool:
-        theirs = _description(description)
+        try:
+            theirs = _description(description)
+        except TransferError:
+            return False
         return self._backend in (None, theirs.backend)
 
     def connect(self, memory: Memory, description: bytes, unit_bytes: int) -> CollectivePeer:

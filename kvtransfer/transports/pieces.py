@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvtransfer import views
-from kvtransfer.transports.api import TransferError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +20,7 @@ WORD_BYTES = 8
 
 
 class Pieces:
-    """Units of one memory, by number. Raises `TransferError` where units don't fit its blocks."""
+    """Units of one memory, by number. Raises `TransferError` where blocks are no whole units."""
 
     def __init__(self, memory: Memory, unit_bytes: int) -> None:
         self.count = memory.units(unit_bytes)
@@ -29,10 +28,17 @@ class Pieces:
         per_block = [s.block_bytes // unit_bytes for s in memory.segments]
         sizes = [s.blocks * n for s, n in zip(memory.segments, per_block, strict=True)]
         self._first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self._per_block = per_block
-        self._steps = [_step(s, unit_bytes) for s in memory.segments]
+        self._per_block = np.array(per_block, dtype=np.int64)
         self._word = _word(memory, unit_bytes)
-        self._rows = [self._view(memory.device, s) for s in memory.segments]
+        rows: list[Any] = []
+        first_view, step = [], []
+        for segment in memory.segments:
+            even = segment.stride % unit_bytes == 0
+            first_view.append(len(rows))
+            step.append(segment.stride // unit_bytes if even else 0)
+            rows += self._views(memory.device, segment)
+        self._views_of, self._step = np.array(first_view), np.array(step, dtype=np.int64)
+        self._rows = rows
 
     def staging(self, slot: Any) -> Any:
         """A flat tensor of bytes, as rows of units."""
@@ -47,47 +53,38 @@ class Pieces:
         """Copy the units into the first rows of `staging`, in order."""
         import torch
 
-        for at, segment, rows in self._runs(units):
+        for at, view, rows in self._runs(units):
             out = staging[at : at + len(rows)]
-            torch.index_select(self._rows[segment], 0, _index(rows, staging.device), out=out)
+            torch.index_select(self._rows[view], 0, _index(rows, staging.device), out=out)
 
     def scatter(self, units: Units, staging: Any) -> None:
         """Copy the first rows of `staging` into the units, in order."""
-        for at, segment, rows in self._runs(units):
+        for at, view, rows in self._runs(units):
             index = _index(rows, staging.device)
-            self._rows[segment].index_copy_(0, index, staging[at : at + len(rows)])
+            self._rows[view].index_copy_(0, index, staging[at : at + len(rows)])
 
     def _runs(self, units: Units) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
-        """Neighbours in the list that are in one segment: where, which, and their rows."""
+        """Neighbours in the list that are rows of one view: where, which, and their rows."""
         segments = self.segments_of(units)
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(segments)) + 1, [len(units)]])
+        block, piece = np.divmod(units - self._first[segments], self._per_block[segments])
+        step = self._step[segments]
+        views = self._views_of[segments] + np.where(step, 0, piece)
+        rows = np.where(step, block * step + piece, block)
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(views)) + 1, [len(units)]])
         for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-            segment = int(segments[start])
-            inside = units[start:end].astype(np.int64) - self._first[segment]
-            block, piece = np.divmod(inside, self._per_block[segment])
-            yield start, segment, block * self._steps[segment] + piece
+            yield start, int(views[start]), rows[start:end]
 
-    def _view(self, device: str, segment: Segment) -> Any:
-        """Row `r` starts at `r` units; for single-unit blocks of an odd stride, at `r` strides."""
+    def _views(self, device: str, segment: Segment) -> list[Any]:
+        """One whose rows are units, end to end; at odd strides, one for each piece of a block."""
         flat = views.tensor(device, segment.base, views.span_bytes(segment))
         if segment.stride % self.unit_bytes == 0:
-            return self.staging(flat)
-        width = self.unit_bytes // self._word.itemsize
-        step = segment.stride // self._word.itemsize
-        whole = flat.numel() // self._word.itemsize * self._word.itemsize
-        return flat[:whole].view(self._word).as_strided((segment.blocks, width), (step, 1))
-
-
-def _step(segment: Segment, unit_bytes: int) -> int:
-    """Rows from one block to the next."""
-    if segment.stride % unit_bytes == 0:
-        return segment.stride // unit_bytes
-    if segment.block_bytes == unit_bytes:
-        return 1
-    raise TransferError(
-        f"blocks every {segment.stride} bytes can't be cut into units of {unit_bytes}:"
-        " the stride must be a whole number of them"
-    )
+            return [self.staging(flat)]
+        words = flat.view(self._word)
+        size = self._word.itemsize
+        width, step = self.unit_bytes // size, segment.stride // size
+        pieces = segment.block_bytes // self.unit_bytes
+        shape = (segment.blocks, width)
+        return [words.as_strided(shape, (step, 1), piece * width) for piece in range(pieces)]
 
 
 def _word(memory: Memory, unit_bytes: int) -> Any:
