@@ -1,0 +1,120 @@
+"""Payload checksums: 64-bit numbers that both sides of a handoff compute over what was copied.
+
+xxh3_64, chained through its seed from one piece to the next. Two sides agree where they hash equal
+bytes cut into equal pieces in the same order, wherever these lie in memory. It guards against
+accidents, not against a peer that lies: the seed is no secret.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final
+
+from xxhash import xxh3_64_intdigest
+
+from kvtransfer import views
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kvtransfer.transports.api import Memory
+
+LAYERS_SAMPLED: Final = 2
+HOST_BYTES_MAX: Final = 16 << 20
+"""Of device memory, copied to the host at a time."""
+
+
+class Mode(Enum):
+    """What is hashed of each block.
+
+    A wrong or stale block is caught by either: it differs in every layer, up to a collision of
+    64 bits. One flipped byte in a block of `n` layers is caught by FULL, and by SAMPLED with
+    probability `min(1, LAYERS_SAMPLED / n)`: 1 in 15 at 30 layers.
+    """
+
+    OFF = "off"
+    SAMPLED = "sampled"
+    FULL = "full"
+
+
+def sums(memory: Memory, blocks: Sequence[int], mode: Mode, seed: bytes) -> list[int]:
+    """One number a block, `blocks` in prompt order; none at all when OFF.
+
+    `seed` and a block's position in `blocks` decide which layers are sampled, so both sides must
+    pass the same ones. Blocks must exist.
+    """
+    layers = len(memory.segments)
+    if mode is Mode.OFF or not layers:
+        return []
+    found = [0] * len(blocks)
+    for layer, positions in enumerate(_positions(len(blocks), layers, mode, seed)):
+        segment = memory.segments[layer]
+        starts = [segment.base + blocks[p] * segment.stride for p in positions]
+        for position, piece in zip(
+            positions, _pieces(memory.device, starts, segment.block_bytes), strict=True
+        ):
+            found[position] = xxh3_64_intdigest(piece, found[position])
+    return found
+
+
+def sums_of_units(memory: Memory, unit_bytes: int, units: NDArray[np.int32]) -> list[int]:
+    """One number a row of `units`, shape (n, k): the row's units, in order.
+
+    For sides whose blocks differ in size or heads: each hashes its own units in one agreed order.
+    Where a unit is a block, a row of a block's units by layer gives what `sums` gives when FULL.
+    """
+    addresses = memory.addresses(unit_bytes)[units].reshape(-1).tolist()
+    pieces = iter(_pieces(memory.device, addresses, unit_bytes))
+    found = []
+    for _ in range(units.shape[0]):
+        number = 0
+        for _ in range(units.shape[1]):
+            number = xxh3_64_intdigest(next(pieces), number)
+        found.append(number)
+    return found
+
+
+def sampled_layers(position: int, layers: int, seed: bytes) -> list[int]:
+    """Which layers of the block at this position SAMPLED looks at, ascending."""
+    if layers <= LAYERS_SAMPLED:
+        return list(range(layers))
+    drawn = xxh3_64_intdigest(seed, position)
+    first = drawn % layers
+    second = (first + 1 + (drawn >> 32) % (layers - 1)) % layers
+    return [first, second] if first < second else [second, first]
+
+
+def _positions(count: int, layers: int, mode: Mode, seed: bytes) -> list[Sequence[int]]:
+    """For each layer, the positions of the blocks to hash there."""
+    if mode is Mode.FULL:
+        return [range(count)] * layers
+    found: list[list[int]] = [[] for _ in range(layers)]
+    for position in range(count):
+        for layer in sampled_layers(position, layers, seed):
+            found[layer].append(position)
+    return list(found)
+
+
+def _pieces(device: str, starts: list[int], size: int) -> Iterable[Any]:
+    """The bytes at these addresses, on the host: copied there only from a device."""
+    if not starts:
+        return []
+    low = min(starts)
+    span = max(starts) - low + size
+    if device == "cpu":
+        # One view from the first piece to the last; what lies between is not touched.
+        whole = views.array(low, span).data
+        return (whole[start - low : start - low + size] for start in starts)
+    return _from_device(device, starts, size)
+
+
+def _from_device(device: str, starts: list[int], size: int) -> Iterable[Any]:
+    import torch
+
+    at_once = max(1, HOST_BYTES_MAX // size)
+    for i in range(0, len(starts), at_once):
+        group = [views.tensor(device, start, size) for start in starts[i : i + at_once]]
+        yield from torch.stack(group).cpu().numpy()
