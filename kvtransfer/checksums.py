@@ -40,23 +40,27 @@ class Mode(Enum):
     FULL = "full"
 
 
-def sums(memory: Memory, blocks: Sequence[int], mode: Mode, seed: bytes) -> list[int]:
-    """One number a block, `blocks` in prompt order; none at all when OFF.
+def sums(
+    memory: Memory, blocks: Sequence[int], mode: Mode, seed: bytes, *, first: int = 0
+) -> list[int]:
+    """One number a block, `blocks` in prompt order from its block `first`; none at all when OFF.
 
-    `seed` and a block's position in `blocks` decide which layers are sampled, so both sides must
+    `seed` and a block's position in the prompt decide which layers are sampled, so both sides must
     pass the same ones. Blocks must exist.
     """
     layers = len(memory.segments)
     if mode is Mode.OFF or not layers:
         return []
     found = [0] * len(blocks)
-    for layer, positions in enumerate(_positions(len(blocks), layers, mode, seed)):
+    for layer, positions in enumerate(
+        _positions(range(first, first + len(blocks)), layers, mode, seed)
+    ):
         segment = memory.segments[layer]
-        starts = [segment.base + blocks[p] * segment.stride for p in positions]
+        starts = [segment.base + blocks[p - first] * segment.stride for p in positions]
         for position, piece in zip(
             positions, _pieces(memory.device, starts, segment.block_bytes), strict=True
         ):
-            found[position] = xxh3_64_intdigest(piece, found[position])
+            found[position - first] = xxh3_64_intdigest(piece, found[position - first])
     return found
 
 
@@ -87,12 +91,12 @@ def sampled_layers(position: int, layers: int, seed: bytes) -> list[int]:
     return [first, second] if first < second else [second, first]
 
 
-def _positions(count: int, layers: int, mode: Mode, seed: bytes) -> list[Sequence[int]]:
+def _positions(at: range, layers: int, mode: Mode, seed: bytes) -> list[Sequence[int]]:
     """For each layer, the positions of the blocks to hash there."""
     if mode is Mode.FULL:
-        return [range(count)] * layers
+        return [at] * layers
     found: list[list[int]] = [[] for _ in range(layers)]
-    for position in range(count):
+    for position in at:
         for layer in sampled_layers(position, layers, seed):
             found[layer].append(position)
     return list(found)

@@ -300,7 +300,9 @@ class Connection:
         running.flights.append(flight)
         try:
             for route, peer in self._peers:
-                local, remote = route.units(strides, running.order.local_blocks, running.pull.remote)
+                local, remote = route.units(
+                    strides, running.order.local_blocks, running.pull.remote
+                )
                 parts.append((peer, peer.read(local, remote)))
         except (TransferError, IndexError) as error:
             raise Broken(f"can't read: {error}") from error

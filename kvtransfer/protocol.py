@@ -1,14 +1,15 @@
-"""What crosses the wire in a KV handoff, between the process that has the KV and the one that wants it.
+"""What crosses the wire in a KV handoff, between who has the KV and who wants it.
 
 The prefill side (*sender*) computes a prompt under a *handle* that the router made up. The decode
 side (*receiver*) knows handle and address from the router, and follows it: the sender announces
 blocks as they are computed, and seals the handle with a `Manifest` when the prompt is. From then on
-a *lease* keeps the blocks. The receiver reads them one-sidedly into blocks of its own, and uses them
-only if the manifest matches its own request and the lease outlived the reads.
+a *lease* keeps the blocks. The receiver reads them one-sidedly into blocks of its own, and uses
+them only if the manifest matches its own request and the lease outlived the reads.
 
 Frames are msgpack, one a message, over a ZeroMQ DEALER (receiver) to ROUTER (sender) pair. A frame
-that answers has the question's `seq`; `Blocks`, `Sealed` and `Gone` also come unasked. Late, repeated
-and reordered frames are harmless: `seq`, `generation` and `first` tell them apart. Version 2.
+that answers has the question's `seq`; `Blocks`, `Sealed` and `Gone` also come unasked. Late,
+repeated and reordered frames are harmless: `seq`, `generation` and `first` tell them apart.
+Version 2.
 """
 
 from __future__ import annotations

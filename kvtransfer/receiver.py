@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import zmq
@@ -83,8 +84,8 @@ class Receiver:
             now = time.monotonic()
             for connection in list(self._connections.values()):
                 self._guarded(connection, connection.hear)
-                self._guarded(connection, lambda c=connection: c.move(self._room_left()))
-                self._guarded(connection, lambda c=connection: c.tick(now))
+                self._guarded(connection, partial(connection.move, self._room_left()))
+                self._guarded(connection, partial(connection.tick, now))
                 self._report(connection)
         for connection in list(self._connections.values()):
             self._drop(connection, "closing")
@@ -112,14 +113,12 @@ class Receiver:
             if isinstance(command, str):
                 endpoint, handle = self._handles.get(command, ("", ""))
                 if connection := self._connections.get(endpoint):
-                    self._guarded(
-                        connection, lambda c=connection, h=handle, n=now: c.cancel(h, n)
-                    )  # fmt: skip
+                    self._guarded(connection, partial(connection.cancel, handle, now))
                     self._report(connection)
                 continue
             self._handles[command.request_id] = (command.endpoint, command.handle)
             connection = self._connection(command)
-            self._guarded(connection, lambda c=connection, o=command, n=now: c.start(o, n))
+            self._guarded(connection, partial(connection.start, command, now))
             self._report(connection)
 
     def _connection(self, order: Order) -> Connection:
@@ -139,7 +138,7 @@ class Receiver:
             act()
         except Broken as broken:
             self._drop(connection, str(broken))
-        except Exception as error:  # noqa: BLE001  # The thread's edge: no pull may hang on a bug.
+        except Exception as error:  # The thread's edge: no pull may hang on a bug.
             log.exception("pulling failed", extra={"endpoint": connection.endpoint})
             self._drop(connection, f"internal error: {error!r}")
 

@@ -63,9 +63,11 @@ class WorkerHalf:
             tuple(_segment(t) for t in tensors), _device(tensors[0])
         )  # fmt: skip
         huge = huge_pages.advise(memory)
-        transports = available(memory, self._names or PREFERRED, host=self._host)
+        transports, missing = available(memory, self._names or PREFERRED, host=self._host)
         if not transports:
-            raise ValueError(f"no KV transport can be used here: {self._names or PREFERRED}")
+            raise ValueError(f"no KV transport can be used here: {missing}")
+        for name, reason in missing.items():
+            log.warning("KV transport left out", extra={"transport": name, "reason": reason})
         blocks = memory.segments[0].blocks
         regions = []
         for transport in transports:

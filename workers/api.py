@@ -16,10 +16,10 @@ A router silent for `SILENCE_S` is gone: the worker aborts its requests. A worke
 Whatever belongs to one engine's own vocabulary (sampling parameters, logprobs, multimodal
 features) travels as opaque bytes: `Generate.params` and `Delta.extras`.
 
-A *ticket* says where a prompt's KV is, or will be. For a prefill worker with a `handoff_endpoint` the
-router makes it (`make_ticket`) and gives the same to both workers, the decode worker at once or when
-the prefill is done; for others it comes with the finished prefill as `Delta.ticket`, to be carried
-on unread.
+A *ticket* says where a prompt's KV is, or will be. For a prefill worker with a `handoff_endpoint`
+the router makes it (`make_ticket`) and gives the same to both workers, the decode worker at once or
+when the prefill is done; for others it comes with the finished prefill as `Delta.ticket`, to be
+carried on unread.
 """
 
 from __future__ import annotations

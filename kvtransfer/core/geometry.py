@@ -117,7 +117,8 @@ class _Side:
         layer = np.arange(self.layers, dtype=np.int64) * (self.blocks * a_block)
         first = block * a_block + at % self.strides_a_block
         found = first[:, None, None] + layer[None, :, None] + head[None, None, :]
-        return found.reshape(-1).astype(np.int32)
+        units: Units = found.reshape(-1).astype(np.int32)
+        return units
 
 
 _Pairs = tuple["Units", "Units"]

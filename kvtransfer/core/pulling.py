@@ -1,10 +1,11 @@
 """One pull as the receiver sees it: what to ask, what to read, and when the blocks are good.
 
-Pure: it receives `now` and answers with effects, which `kvtransfer.receiver` carries out. A pull ends
-once. It ends well only when the sealed manifest and every announced block matched the request's own
-chain, every read was over, every checksum that came agreed, and the lease is known to have outlived
-the last read. It never ends while a read is in flight: a read that failed its deadline leaves its
-blocks in quarantine until the transport says that it is over, or the peer is fenced.
+Pure: it receives `now` and answers with effects, which `kvtransfer.receiver` carries out. A pull
+ends once. It ends well only when the sealed manifest and every announced block matched the
+request's own chain, every read was over, every checksum that came agreed, and the lease is known to
+have outlived the last read. It never ends while a read is in flight: a read that failed its
+deadline leaves its blocks in quarantine until the transport says that it is over, or the peer is
+fenced.
 
 Blocks are counted in strides (`kvtransfer.core.geometry`): `per_block` to a block of the sender's.
 """

@@ -320,7 +320,9 @@ class Handoffs(RuleBasedStateMachine):
         assert not prompt.reads, "nothing is in flight when a pull has ended"
         if error is None:
             for stride in range(prompt.first, prompt.blocks):
-                assert prompt.local[stride] == prompt.content(stride), "what is used is the prompt's"
+                assert prompt.local[stride] == prompt.content(stride), (
+                    "what is used is the prompt's"
+                )
 
     @invariant()
     def a_pull_ends_once(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from kvtransfer.core.lease import Leases
+from workers.engines.sim_leases import Leases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
