@@ -24,6 +24,7 @@ from kvtransfer.core.pulling import (
     Timeouts,
     Wanted,
 )
+from kvtransfer.orders import Mine, Order, Pulled
 from kvtransfer.protocol import (
     MALFORMED,
     VERSION,
@@ -31,7 +32,6 @@ from kvtransfer.protocol import (
     Follow,
     Gone,
     Held,
-    Layout,
     Open,
     Opened,
     Rejected,
@@ -44,10 +44,8 @@ from kvtransfer.transports.api import Progress, TransferError
 from kvtransfer.transports.choose import choose
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from kvtransfer.core.geometry import Route
-    from kvtransfer.transports.api import Memory, Peer, Transport
+    from kvtransfer.transports.api import Peer
 
 log = logging.getLogger(__name__)
 
@@ -56,52 +54,6 @@ READ_BYTES_MAX: Final = 64 << 20
 RECEIVE_MAX: Final = 256
 _decode = msgspec.msgpack.Decoder(ToReceiver).decode
 _encode = msgspec.msgpack.Encoder().encode
-
-
-@dataclass(frozen=True, slots=True)
-class Mine:
-    """The receiving rank's own memory."""
-
-    memory: Memory
-    layout: Layout
-    rank: int
-    transports: Sequence[Transport]
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One prompt's KV to fetch, and where to put it."""
-
-    request_id: str
-    handle: str
-    epoch: str
-    endpoint: str
-    token_ids: list[int]
-    salt: str | None
-    lora: str | None
-    model_digest: str
-    tokenizer_digest: str
-    cached_tokens: int
-    """Whole blocks of ours that hold the prompt's beginning already."""
-    local_blocks: list[int]
-    """Ours, from the prompt's first; those that are cached are not looked at."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pulled:
-    """How one pull ended. With `error`, none of its blocks may be used, and none is in flight."""
-
-    request_id: str
-    error: str | None
-    mismatched: bool = False
-    """The error is of content: another prompt's blocks, or damaged ones."""
-    transport: str = ""
-    bytes: int = 0
-    read_s: float = 0.0
-    """Time with a read in flight."""
-    hidden_s: float = 0.0
-    """The part of it while the sender still computed."""
-    first_token: int | None = None
 
 
 @dataclass(slots=True)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
-from kvtransfer.connection import Broken, Connection, Mine, Order, Pulled
+from kvtransfer.connection import Broken, Connection
 from kvtransfer.core.pulling import Timeouts
+from kvtransfer.orders import Mine, Order, Pulled
 from kvtransfer.wakeups import Wakeup
 
 if TYPE_CHECKING:

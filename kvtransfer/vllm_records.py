@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
 if TYPE_CHECKING:
-    from kvtransfer.connection import Order
+    from kvtransfer.orders import Order
     from kvtransfer.protocol import Layout, Region
 
 

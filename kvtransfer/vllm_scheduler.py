@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
-from kvtransfer.connection import Order
 from kvtransfer.core.manifest import chain
+from kvtransfer.orders import Order
 from kvtransfer.protocol import LINK_BYTES, Manifest
 from kvtransfer.sender import Offered, Sender
 from kvtransfer.vllm_records import Computed, HandoffStats, StepPlan, StepReport

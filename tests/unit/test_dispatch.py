@@ -98,7 +98,7 @@ def test_a_client_that_leaves_is_aborted_where_it_runs() -> None:
     f.dispatch.submit(Ask("r", [1], 4))
     f.say("p", Delta("r/p", [], Finish.PREFILLED, ticket=b"t"))
     f.dispatch.cancel(["r"])
-    assert f.sent[-2:] == [("d", Abort(["r"])), ("p", Release([b"t"]))]
+    assert f.sent[-2:] == [("d", Abort(["r", "r/p"])), ("p", Release([b"t"]))]
 
 
 def test_a_loss_before_the_first_token_is_tried_elsewhere() -> None:

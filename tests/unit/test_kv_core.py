@@ -1,44 +1,58 @@
-"""The handoff's pure core: whose KV a ticket is, and how long it is kept."""
+"""The handoff's pure core: whose KV a handle holds, and how one side's blocks become another's."""
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
+import numpy as np
 import pytest
-import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.core.lease import Leases
-from kvtransfer.core.manifest import (
-    Expectation,
+from kvtransfer.core.geometry import Unlike, heads_of, refusal, routes
+from kvtransfer.core.manifest import Expectation, chain, mismatch, other_block
+from kvtransfer.protocol import (
+    LINK_BYTES,
+    VERSION,
+    Layout,
+    Manifest,
     TicketUnreadable,
-    chain_tail,
     decode_ticket,
-    mismatch,
+    encode_ticket,
 )
-from kvtransfer.protocol import VERSION, Held, Release, Ticket, ToReceiver
-from kvtransfer.sender import LeaseServer, Region
 
 TOKENS = st.lists(st.integers(0, 200_000), min_size=1, max_size=40)
+LINKS = chain(range(20), 16, salt=None, lora=None)
+WANTED = Expectation(20, LINKS, "m", "t")
+GOOD = Manifest(20, 2, LINKS[-LINK_BYTES:], "m", "t", None)
+LAYOUT = Layout(
+    "c", "float32", layers=2, kv_heads=4, head_token_bytes=8, block_tokens=16,
+    ranks=1, by_head=True, by_token=True,
+)  # fmt: skip
 
 
-def ticket(**changes: object) -> Ticket:
-    whole = Ticket(VERSION, "e", "h", ["tcp://a:1"], "kv", "m", 20, [7, 8], b"c" * 16)
-    return msgspec.structs.replace(whole, **changes)
-
-
-WANTED = Expectation("kv", "m", block_tokens=16, num_tokens=20, chain=b"c" * 16)
+# ------------------------------------------------------------ manifest
 
 
 @given(TOKENS, TOKENS, st.sampled_from([1, 4, 16]))
 def test_equal_tails_mean_equal_prompts(one: list[int], two: list[int], block: int) -> None:
-    tails = [chain_tail(t, block, salt=None, lora=None) for t in (one, two)]
+    tails = [chain(t, block, salt=None, lora=None)[-LINK_BYTES:] for t in (one, two)]
     assert (tails[0] == tails[1]) == (one == two)
+
+
+@given(TOKENS, TOKENS)
+def test_prompts_share_links_as_far_as_they_share_blocks(one: list[int], two: list[int]) -> None:
+    links = [chain(t, 4, salt=None, lora=None) for t in (one, two)]
+    for block in range(min(len(one), len(two)) // 4):
+        at = slice(block * LINK_BYTES, (block + 1) * LINK_BYTES)
+        same = one[: (block + 1) * 4] == two[: (block + 1) * 4]
+        assert (links[0][at] == links[1][at]) == same
 
 
 def test_salt_adapter_and_block_size_are_part_of_the_chain() -> None:
     tails = {
-        chain_tail([1, 2, 3], block, salt=salt, lora=lora)
+        chain([1, 2, 3], block, salt=salt, lora=lora)[-LINK_BYTES:]
         for block in (2, 16)
         for salt in (None, "", "a")
         for lora in (None, "", "a")
@@ -47,24 +61,34 @@ def test_salt_adapter_and_block_size_are_part_of_the_chain() -> None:
 
 
 def test_a_whole_match_is_used() -> None:
-    assert mismatch(ticket(), WANTED) is None
+    assert mismatch(GOOD, WANTED) is None
+    assert other_block(LINKS, 0, WANTED) is None
+    assert other_block(LINKS[LINK_BYTES:], 1, WANTED) is None
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"kv_digest": "other"}, "KV layout"),
         ({"model_digest": "other"}, "model digest"),
+        ({"tokenizer_digest": "other"}, "tokenizer digest"),
         ({"num_tokens": 21}, "token count"),
-        ({"block_ids": [7]}, "block count"),
+        ({"blocks": 1}, "block count"),
         ({"chain": b"d" * 16}, "prompt chain"),
-        ({"endpoints": ["tcp://a:1", "tcp://b:1"]}, "rank count"),
     ],
 )
 def test_anything_else_is_refused_by_name(change: dict[str, object], what: str) -> None:
-    reason = mismatch(ticket(**change), WANTED)
+    reason = mismatch(msgspec.structs.replace(GOOD, **change), WANTED)
     assert reason is not None
     assert reason.startswith(what)
+
+
+@given(st.binary(max_size=80), st.integers(0, 3))
+def test_only_the_prompts_own_links_are_its_blocks(links: bytes, first: int) -> None:
+    own = LINKS[first * LINK_BYTES :][: len(links)]
+    assert (other_block(links, first, WANTED) is None) == (links == own)
+
+
+# ------------------------------------------------------------ tickets
 
 
 @given(st.binary(max_size=60))
@@ -79,77 +103,88 @@ def test_another_version_is_refused_before_anything_else_is_read() -> None:
 
 
 def test_a_ticket_comes_back_as_it_was() -> None:
-    assert decode_ticket(msgspec.msgpack.encode(ticket())) == ticket()
+    ticket = decode_ticket(encode_ticket("e", "h", "tcp://a:1"))
+    assert (ticket.epoch, ticket.handle, ticket.endpoint) == ("e", "h", "tcp://a:1")
+
+
+# ------------------------------------------------------------ geometry
+
+
+def memory(layout: Layout, rank: int, blocks: int) -> np.ndarray:
+    """Words that name what they hold: layer, head, and which token of which block; units apart."""
+    held = heads_of(layout, rank)
+    shape = (layout.layers, blocks, held.count, layout.block_tokens)
+    words = np.zeros(shape, dtype=np.int64)
+    for layer, block, head, token in itertools.product(*(range(n) for n in shape)):
+        words[layer, block, head, token] = (
+            ((layer * 100 + block) * 100 + held.first + head) * 100 + token
+        )  # fmt: skip
+    return words
 
 
 @given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(["grant", "renew", "release", "expire"]),
-            st.integers(0, 3),
-            st.floats(0, 4),
-        ),
-        max_size=60,
-    )
+    ranks=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
+    sizes=st.tuples(st.sampled_from([2, 4, 8]), st.sampled_from([2, 4, 8])),
+    tokens=st.integers(1, 30),
+    cached_blocks=st.integers(0, 2),
+    seed=st.randoms(use_true_random=False),
 )
-def test_every_lease_ends_exactly_once_and_within_its_time(
-    events: list[tuple[str, int, float]],
+def test_every_token_of_every_head_lands_where_it_belongs(
+    ranks: tuple[int, int], sizes: tuple[int, int], tokens: int, cached_blocks: int, seed: object
 ) -> None:
-    leases, now, granted = Leases(lease_s=5.0), 0.0, 0
-    until: dict[str, float] = {}
-    ended: list[str] = []
-    for kind, which, wait in events:
-        now += wait
-        handle = sorted(until)[which % len(until)] if until else "unknown"
-        alive = until.get(handle, now) > now
-        match kind:
-            case "grant":
-                granted += 1
-                until[f"h{granted}"] = now + 5.0
-                leases.grant(f"h{granted}", now)
-            case "renew":
-                assert (leases.renew(handle, now) is not None) == alive
-                if alive:
-                    until[handle] = now + 5.0
-            case "release":
-                assert (leases.release(handle, now) is not None) == alive
-                if alive:
-                    ended.append(handle)
-                    del until[handle]
-            case "expire":
-                over = leases.expire(now)
-                assert set(over) == {h for h, t in until.items() if t <= now}
-                ended += over
-                for one in over:
-                    del until[one]
-    ended += leases.expire(now + 5.0)
-    assert len(leases) == 0
-    assert sorted(ended) == sorted(f"h{n + 1}" for n in range(granted))
-
-
-def test_a_lease_server_survives_whatever_it_is_sent() -> None:
-    """Over real sockets: noise first, then a receiver that must still be answered."""
-    server = LeaseServer("127.0.0.1", "e", 5.0, Region("kv", "ucx", b"memory"))
-    context = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.RCVTIMEO, 5000)
-    try:
-        socket.connect(server.endpoint)
-        for noise in (
-            b"",
-            b"junk",
-            b"\x92\xa7Release\xa2\x00\x80",
-            b"\x94\xa7Release\x01\xa1\xff\xa1h",
+    sender = msgspec.structs.replace(LAYOUT, ranks=ranks[0], block_tokens=sizes[0])
+    receiver = msgspec.structs.replace(LAYOUT, ranks=ranks[1], block_tokens=sizes[1])
+    theirs = list(range(20))
+    seed.shuffle(theirs)  # type: ignore[attr-defined]
+    ours = list(range(20))
+    seed.shuffle(ours)  # type: ignore[attr-defined]
+    cached = min(cached_blocks * sizes[1], (tokens - 1) // sizes[1] * sizes[1])
+    for rank in range(receiver.ranks):
+        local = np.full_like(memory(receiver, rank, 20), -1)
+        for route in routes(sender, receiver, rank):
+            bound = route.bound(20, 20)
+            stride = route.stride_tokens
+            wanted = range(cached // stride, -(-tokens // stride))
+            here, there = bound.units(wanted, ours, theirs)
+            words = route.unit_bytes // LAYOUT.head_token_bytes
+            remote = memory(sender, route.sender_rank, 20).reshape(-1, words)
+            local.reshape(-1, words)[here] = remote[there]
+        held = heads_of(receiver, rank)
+        for layer, head, token in itertools.product(
+            range(2), range(held.count), range(cached, tokens)
         ):
-            socket.send(noise)
-        socket.send_multipart([b"too", b"many", b"frames"])
-        handle = server.grant()
-        socket.send(msgspec.msgpack.encode(Release(9, "e", handle)))
-        answer = msgspec.msgpack.decode(socket.recv(), type=ToReceiver)
-        assert isinstance(answer, Held)
-        assert answer.seq == 9
-        assert server.ended() == [handle]
-    finally:
-        socket.close(linger=0)
-        context.term()
-        server.close()
+            block, at = theirs[token // sizes[0]], token % sizes[0]
+            expected = ((layer * 100 + block) * 100 + held.first + head) * 100 + at
+            got = local[layer, ours[token // sizes[1]], head, token % sizes[1]]
+            assert got == expected
+        for block in ours[: cached // sizes[1]]:
+            assert (local[:, block] == -1).all(), "what is cached is not touched"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"content": "other"}, ["content", "c", "other"]),
+        ({"dtype": "bfloat16"}, ["float32", "bfloat16"]),
+        ({"layers": 3}, ["layers", "2", "3"]),
+        ({"ranks": 3}, ["4 KV heads", "3 ranks"]),
+        ({"block_tokens": 24}, ["16 tokens", "24"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_naming_both(
+    change: dict[str, object], words: list[str]
+) -> None:
+    other = msgspec.structs.replace(LAYOUT, **change)
+    reason = refusal(LAYOUT, other)
+    assert reason is not None
+    assert all(w in reason for w in words)
+    with pytest.raises(Unlike):
+        routes(LAYOUT, other, 0)
+
+
+def test_a_layout_that_keeps_nothing_apart_must_be_equal() -> None:
+    whole = msgspec.structs.replace(LAYOUT, by_head=False, by_token=False)
+    assert refusal(whole, whole) is None
+    assert "ranks must be equal" in (refusal(whole, msgspec.structs.replace(whole, ranks=2)) or "")
+    smaller = msgspec.structs.replace(whole, block_tokens=8)
+    assert "blocks must be equal" in (refusal(whole, smaller) or "")

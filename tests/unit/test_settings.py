@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from router.dispatch import Reserve
 from router.settings import RouterSettings
 from workers.api import Role
 from workers.flags import flag, read_settings, variable
@@ -39,6 +40,10 @@ WORKER: dict[str, tuple[str, Any]] = {
     "lease_s": ("0.25", 0.25),
     "drain_s": ("3600", 3600.0),
     "kv_connector": ("nixl", "nixl"),
+    "kv_transports": ("tcp,ucx", "tcp,ucx"),
+    "kv_checksums": ("full", "full"),
+    "kv_answer_s": ("2", 2.0),
+    "kv_read_s": ("9.5", 9.5),
     "curve_secret_file": ("a", Path("a")),
     "curve_routers_file": ("b", Path("b")),
 }
@@ -49,6 +54,7 @@ ROUTER: dict[str, tuple[str, Any]] = {
     "port": ("0", 0),
     "address_file": ("/address.json", Path("/address.json")),
     "curve_secret_file": ("a", Path("a")),
+    "reserve": ("at_prefill_done", Reserve.AT_PREFILL_DONE),
     "curve_workers_file": ("b", Path("b")),
 }
 KINDS: list[tuple[type[BaseSettings], dict[str, tuple[str, Any]]]] = [
@@ -164,6 +170,10 @@ def test_a_port_that_is_none_stops_it(
         ("worker_id", "x" * 254),
         ("worker_id", "line\nline"),
         ("kv_connector", "lmcache"),
+        ("kv_transports", "tcp,"),
+        ("kv_transports", "carrier-pigeon"),
+        ("kv_checksums", "some"),
+        ("kv_read_s", "0"),
         ("address_file", ""),
         ("address_file", "/no/such/folder/file"),
     ],
