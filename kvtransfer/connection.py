@@ -100,6 +100,8 @@ class Connection:
         self._transport = ""
         self._stride_bytes = 0
         self._stride_tokens = 1
+        self._alike: int | None = None
+        """The sender's rank whose blocks are cut as ours are; else checksums can't be compared."""
         self.ended: list[Pulled] = []
         self._socket.send(_encode(Open(self._next(), VERSION, mine.layout, mine.rank)))
 
@@ -207,6 +209,9 @@ class Connection:
             self._peers.append((bound, peer))
             self._transport = transport.name
             self._stride_tokens = route.stride_tokens
+            theirs, ours = message.layout, mine.layout
+            if (theirs.ranks, theirs.block_tokens) == (ours.ranks, ours.block_tokens):
+                self._alike = route.sender_rank
             self._stride_bytes += route.unit_bytes * len(route.local.heads) * route.local.layers
         log.info(
             "sender connected",
@@ -224,6 +229,7 @@ class Connection:
             begin=order.cached_tokens // self._stride_tokens,
             end=-(-tokens // self._stride_tokens),
             lease_s=self._opened.lease_s,
+            sender_rank=self._alike,
         )
 
     # ------------------------------------------------------------ reading
@@ -281,16 +287,14 @@ class Connection:
             now = time.monotonic()
             self._carry_out(running, running.pull.read_done(flight.number, now, sums), now)
 
-    def _sums(self, running: _Running, flight: _Flight) -> list[int | None]:
-        pull, mode = running.pull, checksums.Mode(self._opened.checksums if self._opened else "off")
-        # Of other cuts than ours, no block of theirs is one here.
-        alike = len(self._peers) == 1 and pull.wanted is not None and pull.wanted.per_block == 1
-        if mode is checksums.Mode.OFF or not alike or not pull.sums:
+    def _sums(self, running: _Running, flight: _Flight) -> list[int]:
+        if self._alike is None or not running.pull.sums:
             return []
+        assert self._opened is not None
         at = flight.strides
         blocks = running.order.local_blocks[at.start : at.stop]
-        seed = running.order.handle.encode()
-        return list(checksums.sums(self._mine.memory, blocks, mode, seed, first=at.start))
+        mode, seed = checksums.Mode(self._opened.checksums), running.order.handle.encode()
+        return checksums.sums(self._mine.memory, blocks, mode, seed, first=at.start)
 
     def _count(self, running: _Running, now: float) -> None:
         began = running.busy_since

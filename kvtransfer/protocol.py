@@ -137,8 +137,8 @@ class Blocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The sender's."""
     links: bytes
     """Of the chain, `LINK_BYTES` a block."""
-    sums: list[int | None]
-    """Checksum of each block's payload (`kvtransfer.checksums`); empty where they are off."""
+    sums: list[list[int]]
+    """Of each block, a checksum of each rank's part (`kvtransfer.checksums`); empty when off."""
 
 
 class Sealed(msgspec.Struct, frozen=True, array_like=True, tag=True):

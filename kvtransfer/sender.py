@@ -96,7 +96,7 @@ class Sender:
             return self._book.expect(handle, links)
 
     def computed(
-        self, handle: str, generation: int, ids: Sequence[int], sums: Sequence[int | None]
+        self, handle: str, generation: int, ids: Sequence[int], sums: Sequence[list[int]]
     ) -> int:
         """More blocks; how many of this generation are announced now."""
         with self._lock:

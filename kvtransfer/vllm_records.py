@@ -37,8 +37,8 @@ class Computed:
     generation: int
     first: int
     block_ids: list[int]
-    sums: list[int | None] = field(default_factory=list)
-    """Set by the worker half, after the step."""
+    sums: dict[int, list[int]] = field(default_factory=dict)
+    """By rank, one a block; set by the worker halves, after the step."""
 
 
 @dataclass
@@ -60,12 +60,14 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """Worker to scheduler, after each step that has something to tell."""
 
     computed: list[Computed] = field(default_factory=list)
-    """By all ranks: those of the first alone are announced, once all have reported."""
+    """The same for all ranks, but for the checksums."""
     first_tokens: dict[str, int] = field(default_factory=dict)
     """By request: the token that the sender sampled for the client."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, StepReport)
+        for mine, theirs in zip(self.computed, other.computed, strict=True):
+            mine.sums.update(theirs.sums)
         return StepReport(self.computed, {**self.first_tokens, **other.first_tokens})
 
 

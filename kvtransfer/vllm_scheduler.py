@@ -229,7 +229,10 @@ class SchedulerHalf:
             by_handle = {p.handle: p for p in self._produced.values()}
             for done in report.computed:
                 assert self._sender is not None
-                self._sender.computed(done.handle, done.generation, done.block_ids, done.sums)
+                sums = [
+                    list(s) for s in zip(*(done.sums[r] for r in sorted(done.sums)), strict=True)
+                ]
+                self._sender.computed(done.handle, done.generation, done.block_ids, sums)
                 if produced := by_handle.get(done.handle):
                     self._seal_if_whole(produced)
             for request_id, token in report.first_tokens.items():

@@ -77,9 +77,7 @@ class WorkerHalf:
         layout = _layout(kv_caches, self._config)
         block_bytes = sum(s.block_bytes for s in memory.segments)
         self.facts = WorkerFacts(layout, regions, block_bytes, huge)
-        parallel = self._config.parallel_config
-        rank = parallel.rank % parallel.tensor_parallel_size
-        self._receiver = Receiver(Mine(memory, layout, rank, transports), self._timeouts)
+        self._receiver = Receiver(Mine(memory, layout, self._rank, transports), self._timeouts)
 
     # ------------------------------------------------------------ a step
 
@@ -126,8 +124,12 @@ class WorkerHalf:
         assert self._memory is not None
         if self._memory.device != "cpu":
             _await_device(self._memory.device)
-        for done in computed:
-            done.sums = self._sums(done.handle, done.block_ids, done.first)
+        if self._mode is not checksums.Mode.OFF:
+            for done in computed:
+                seed = done.handle.encode()
+                done.sums[self._rank] = checksums.sums(
+                    self._memory, done.block_ids, self._mode, seed, first=done.first
+                )
         return StepReport(computed, tokens)
 
     def take_failed_blocks(self) -> set[int]:
@@ -147,16 +149,13 @@ class WorkerHalf:
             offer.close()
 
     @property
+    def _rank(self) -> int:
+        parallel = self._config.parallel_config
+        return int(parallel.rank % parallel.tensor_parallel_size)
+
+    @property
     def _block_tokens(self) -> int:
         return int(self._config.cache_config.block_size)
-
-    def _sums(self, handle: str, blocks: list[int], first: int) -> list[int | None]:
-        if self._mode is checksums.Mode.OFF:
-            return []
-        assert self._memory is not None
-        return list(
-            checksums.sums(self._memory, blocks, self._mode, handle.encode(), first=first)
-        )  # fmt: skip
 
 
 def _account(order: Order, pulled: Pulled) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class LocalGroup:
             for n, (role, i) in enumerate(names)
         ]
         self.router: Part | None = None
+        self._more_routers: list[Part] = []
 
     @property
     def url(self) -> str:
@@ -60,7 +61,7 @@ class LocalGroup:
                 self._spawn(worker)
             for worker in self.workers:
                 worker.await_address(self.check)
-            self.router = self._make_router()
+            self.router = self._make_router("router", self._router_flags)
             self._spawn(self.router)
             self.router.await_address(self.check)
             for part in [*self.workers, self.router]:
@@ -75,7 +76,11 @@ class LocalGroup:
 
     def check(self) -> None:
         """Raise `PartDied` when any process has ended."""
-        for part in [*self.workers, *([self.router] if self.router else [])]:
+        for part in [
+            *self.workers,
+            *self._more_routers,
+            *([self.router] if self.router else []),
+        ]:
             part.check()
 
     def worker(self, name: str) -> Part:
@@ -97,10 +102,18 @@ class LocalGroup:
         part.await_address(self.check)
         self._await_ready(part)
 
+    def add_router(self, name: str, flags: Sequence[str]) -> Part:
+        """One more router over the same workers, ready; it ends with the group."""
+        part = self._make_router(name, flags)
+        self._more_routers.append(part)
+        self._spawn(part)
+        part.await_address(self.check)
+        self._await_ready(part)
+        return part
+
     def stop(self) -> None:
         """The router first: it lets its streams end while the workers are still there."""
-        if self.router is not None:
-            end([self.router])
+        end([*self._more_routers, *([self.router] if self.router else [])])
         end(self.workers)
         self._folder.cleanup()
 
@@ -116,7 +129,7 @@ class LocalGroup:
         own = ["--role", role, "--model", self._model, "--worker-id", name, "--drain-s", "5"]
         return self._part(name, ["worker", *own, *self._flags], core)
 
-    def _make_router(self) -> Part:
+    def _make_router(self, name: str, flags: Sequence[str]) -> Part:
         shared = []
         for at, flag in enumerate(self._flags):
             if flag in _SHARED_FLAGS:
@@ -125,8 +138,8 @@ class LocalGroup:
                 shared.append(flag)
         own = ["--model", self._model, "--workers", ",".join(w.channel for w in self.workers)]
         return self._part(
-            "router",
-            ["router", *own, "--port", str(self._port), *shared, *self._router_flags],
+            name,
+            ["router", *own, "--port", str(self._port if name == "router" else 0), *shared, *flags],
             None,
         )
 

@@ -84,6 +84,8 @@ class Wanted:
     end: int
     """One past the prompt's last stride."""
     lease_s: float
+    sender_rank: int | None = None
+    """Whose checksums are comparable with ours; None: nobody's."""
 
 
 @dataclass(slots=True)
@@ -104,7 +106,7 @@ class Pull:
     generation: int = -1
     remote: list[int] = field(default_factory=list)
     """The sender's blocks, from the prompt's first."""
-    sums: list[int | None] = field(default_factory=list)
+    sums: list[list[int]] = field(default_factory=list)
     sealed: Sealed | None = None
     error: str | None = None
     ended: bool = False
@@ -156,7 +158,8 @@ class Pull:
         self.remote += news.block_ids[have - news.first :]
         if news.sums:
             self.sums += news.sums[have - news.first :]
-        if len(self.sums) != len(self.remote) and self.sums:
+        rank = self.wanted.sender_rank or 0
+        if self.sums and (len(self.sums) != len(self.remote) or len(self.sums[-1]) <= rank):
             return self.fail("the sender announces fewer checksums than blocks", now)
         return self._settle(now)
 
@@ -192,21 +195,26 @@ class Pull:
         self._taken = until
         return self._next_read, strides
 
-    def read_done(self, number: int, now: float, sums: Sequence[int | None] = ()) -> Effects:
+    def read_done(self, number: int, now: float, sums: Sequence[int] = ()) -> Effects:
         """A read is over. `sums`: of the sender's blocks in it, as they are here now."""
         read = self._reads.pop(number)
-        if not read.stale and self.error is None and self.wanted is not None and sums:
-            first = read.strides.start // self.wanted.per_block
-            for block, ours in enumerate(sums, first):
-                theirs = self.sums[block] if block < len(self.sums) else None
-                if theirs is not None and ours is not None and ours != theirs:
-                    self.mismatched = True
-                    return self.fail(
-                        f"checksum of block {block} differs: "
-                        f"sender has {theirs:016x}, receiver {ours:016x}",
-                        now,
-                    )
+        if not read.stale and (reason := self._damaged(read, sums)):
+            self.mismatched = True
+            return self.fail(reason, now)
         return self._settle(now)
+
+    def _damaged(self, read: _Read, sums: Sequence[int]) -> str | None:
+        if self.wanted is None or self.wanted.sender_rank is None or not self.sums:
+            return None
+        first = read.strides.start // self.wanted.per_block
+        for block, ours in enumerate(sums, first):
+            theirs = self.sums[block][self.wanted.sender_rank]
+            if ours != theirs:
+                return (
+                    f"checksum of block {block} differs: "
+                    f"sender has {theirs:016x}, receiver {ours:016x}"
+                )
+        return None
 
     def read_failed(self, number: int, reason: str, now: float) -> Effects:
         """The transport says that nothing more of this read will land."""

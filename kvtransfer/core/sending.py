@@ -36,7 +36,7 @@ FOLLOWED_MAX: Final = 16_384
 class _Handoff:
     links: bytes = b""
     ids: list[int] = field(default_factory=list)
-    sums: list[int | None] = field(default_factory=list)
+    sums: list[list[int]] = field(default_factory=list)
     generation: int = 0
     manifest: Manifest | None = None
     expected: bool = False
@@ -85,9 +85,12 @@ class Book:
         return True
 
     def computed(
-        self, handle: str, generation: int, ids: Sequence[int], sums: Sequence[int | None]
+        self, handle: str, generation: int, ids: Sequence[int], sums: Sequence[list[int]]
     ) -> Messages:
-        """More blocks of this generation, next in order. A stale generation's are ignored."""
+        """More blocks of this generation, next in order. A stale generation's are ignored.
+
+        `sums`: of each block, by rank; none at all when off.
+        """
         handoff = self._live.get(handle)
         if handoff is None or handoff.generation != generation or not ids:
             return []
