@@ -50,7 +50,7 @@ class Shape:
     """Of one side's memory: `gap` bytes between blocks belong to nobody."""
 
     layers: int = 3
-    blocks: int = 64
+    blocks: int = 24
     block_bytes: int = 32 * 1024
     gap: int = 0
 
@@ -60,8 +60,8 @@ class Shape:
 
     def content(self, seed: int) -> np.ndarray:
         """Random bytes; shape (layers, blocks x stride)."""
-        rng = np.random.default_rng(seed)
-        return rng.integers(1, 256, (self.layers, self.blocks * self.stride), dtype=np.uint8)
+        content = np.random.default_rng(seed).bytes(self.layers * self.blocks * self.stride)
+        return np.frombuffer(content, dtype=np.uint8).reshape(self.layers, -1).copy()
 
     def units(self, unit_bytes: int) -> int:
         return self.layers * self.blocks * (self.block_bytes // unit_bytes)
@@ -274,5 +274,7 @@ class Pair:
 
 def pairs_of(subject: Subject) -> Iterator[Pair]:
     pair = Pair(subject)
-    yield pair
-    pair.end()
+    try:
+        yield pair
+    finally:
+        pair.end()
