@@ -11,6 +11,7 @@ import threading
 import time
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -206,7 +207,13 @@ class Remote:
         return self.answer()
 
     def stop(self) -> None:
+        """Returns when every thread has stopped: on a busy machine that takes a while."""
         self._signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self._process.pid}/task")
+        until = time.monotonic() + ANSWER_S
+        while any(_state(task) != "T" for task in tasks.iterdir()):
+            assert time.monotonic() < until, "it does not stop"
+            time.sleep(0.001)
 
     def wake(self) -> None:
         self._signal(signal.SIGCONT)
@@ -222,6 +229,11 @@ class Remote:
     def _signal(self, number: int) -> None:
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
+
+
+def _state(task: Path) -> str:
+    """Of a thread, as proc(5) has it. The name before it, in parentheses, may hold anything."""
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 class Local:
