@@ -40,6 +40,8 @@ AHEAD_BYTES: Final = 16 << 20
 """Asked for and not yet here, a stream: what a sender may still send of a read that was let go."""
 POLL_BYTES: Final = 4 << 20
 """What one poll takes from a stream, at most about: a poll must not become a wait."""
+WAKE_BYTES: Final = 1 << 20
+"""Whoever waits for a descriptor is not woken for less, while more than that is due."""
 PIECES_MAX: Final = 256
 """For one `recvmsg`: more than come at once are only looked at in vain."""
 
@@ -119,7 +121,10 @@ class _Reply:
 class _Stream:
     socket: socket.socket
     replies: deque[_Reply] = field(default_factory=deque)
-    ahead: int = 0
+    due: int = 0
+    """Bytes of replies that are not here yet."""
+    wakes_at: int = 1
+    """Bytes, before its descriptor becomes readable."""
     unsent: memoryview = field(default_factory=lambda: memoryview(b""))
     """Of requests, where the socket's buffer was full."""
 
@@ -177,8 +182,8 @@ class TcpPeer:
     def _ask(self) -> None:
         """Requests for what is waiting, as far ahead as is allowed."""
         while self._waiting:
-            stream = min(self._streams, key=lambda s: s.ahead)
-            if stream.ahead >= AHEAD_BYTES or stream.unsent:
+            stream = min(self._streams, key=lambda s: s.due)
+            if stream.due >= AHEAD_BYTES or stream.unsent:
                 break
             read = self._waiting.popleft()
             until = min(read.next + self._pairs, len(read.local))
@@ -189,6 +194,7 @@ class TcpPeer:
             self._request(stream, read, pairs)
         for stream in self._streams:
             _flush(stream)
+            _wake_at(stream, WAKE_BYTES if stream.due >= WAKE_BYTES else 1)
 
     def _request(self, stream: _Stream, read: _Read, pairs: slice) -> None:
         self._requests = (self._requests + 1) & 0xFFFFFFFF
@@ -198,7 +204,7 @@ class TcpPeer:
         pieces = [memoryview(header), *self._views.of(read.local[pairs])]
         expected = pack_reply(self._requests, size)
         stream.replies.append(_Reply(read, units, expected, header, pieces))
-        stream.ahead += size
+        stream.due += REPLY.size + size
         stream.unsent = memoryview(pack_request(self._requests, read.remote[pairs]))
         _flush(stream)
 
@@ -216,18 +222,15 @@ class TcpPeer:
             if not got:
                 raise ConnectionResetError("it closed the connection")
             budget -= got
+            stream.due -= got
             reply.index = advance(reply.pieces, begun, got)
             if begun == 0 < reply.index and reply.header != reply.expected:
                 raise WireError("its reply is not the one that is due")
             if reply.index == len(reply.pieces):
                 stream.replies.popleft()
-                stream.ahead -= reply.units * self._views.unit_bytes
-                self._arrived(reply)
-
-    def _arrived(self, reply: _Reply) -> None:
-        reply.read.left -= reply.units
-        if not reply.read.left:
-            reply.read.progress = Progress.DONE
+                reply.read.left -= reply.units
+                if not reply.read.left:
+                    reply.read.progress = Progress.DONE
 
     def _look_for_the_end(self) -> None:
         """A sender that is gone has closed its side, though nobody has asked it anything."""
@@ -259,6 +262,12 @@ def _flush(stream: _Stream) -> None:
         stream.unsent = stream.unsent[stream.socket.send(stream.unsent) :]
     except BlockingIOError:
         return
+
+
+def _wake_at(stream: _Stream, size: int) -> None:
+    if size != stream.wakes_at:
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+        stream.wakes_at = size
 
 
 def _has_closed(connection: socket.socket) -> bool:

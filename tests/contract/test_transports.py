@@ -28,8 +28,11 @@ SUBJECTS = {
     "ucx-over-tcp": Subject("ucx:UcxTransport", {"tls": "tcp", "reaches": True}),
 }
 STALLING = [name for name, subject in SUBJECTS.items() if subject.stalls]
-# UCX's own TCP ends a sender's process ("Fatal: unexpected error: Endpoint timeout") when a reader
-# goes away in mid-read: one more reason for `UcxTransport.reaches` to say no there.
+# NIXL's own thread moves a read on when nobody polls: the fence alone keeps its bytes out.
+WITH_THREAD = Subject("ucx:UcxTransport", {"tls": "tcp", "progress_thread": True})
+# UCX's own TCP ends a sender's process ("Fatal: unexpected error: Endpoint timeout", SIGABRT)
+# when a reader fences in mid-read: six times of six. So `UcxTransport.reaches` says no where it
+# would be used, and of it only what a reader must be sure of is tested.
 SURVIVING = [name for name in STALLING if name != "ucx-over-tcp"]
 SEED = 1
 SMALL = Shape()
@@ -56,7 +59,8 @@ def mortal(request: pytest.FixtureRequest) -> Iterator[Pair]:
 @pytest.fixture(params=STALLING)
 def stalling(request: pytest.FixtureRequest) -> Iterator[Pair]:
     """As `mortal`, where the sender is needed for each read."""
-    for running in pairs_of(SUBJECTS[request.param]):
+    subject = WITH_THREAD if request.param == "ucx-thread" else SUBJECTS[request.param]
+    for running in pairs_of(subject):
         running.hold(SMALL, SMALL)
         running.connect(UNIT)
         read(running, [0], [0])
@@ -179,6 +183,7 @@ def test_a_killed_sender_fails_the_read_under_way(stalling: Pair) -> None:
     assert stalling.reader.ask("finish", "peer", "handle", 2) == "failed"
 
 
+@pytest.mark.parametrize("stalling", [*STALLING, "ucx-thread"], indirect=True)
 def test_after_a_fence_nothing_lands_when_a_stopped_sender_wakes(stalling: Pair) -> None:
     stalling.sender.stop()
     stalling.reader.ask("read", "peer", "handle", EVERY, EVERY)
@@ -312,7 +317,7 @@ def test_without_a_fence_a_ucx_read_that_was_let_go_lands_late(stalling: Pair) -
 
 
 @pytest.mark.parametrize("stalling", ["memory", "tcp"], indirect=True)
-def test_without_a_fence_a_read_that_was_let_go_lands_late(stalling: Pair) -> None:
+def test_without_a_fence_any_read_that_was_let_go_lands_late(stalling: Pair) -> None:
     stalling.sender.stop()
     stalling.reader.ask("read", "peer", "lost", EVERY[1:], EVERY[1:])
     stalling.reader.ask("let_go", "lost")

@@ -11,6 +11,7 @@ import threading
 import time
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class Shape:
     """Of one side's memory: `gap` bytes between blocks belong to nobody."""
 
     layers: int = 3
-    blocks: int = 64
+    blocks: int = 24
     block_bytes: int = 32 * 1024
     gap: int = 0
 
@@ -60,8 +61,8 @@ class Shape:
 
     def content(self, seed: int) -> np.ndarray:
         """Random bytes; shape (layers, blocks x stride)."""
-        rng = np.random.default_rng(seed)
-        return rng.integers(1, 256, (self.layers, self.blocks * self.stride), dtype=np.uint8)
+        content = np.random.default_rng(seed).bytes(self.layers * self.blocks * self.stride)
+        return np.frombuffer(content, dtype=np.uint8).reshape(self.layers, -1).copy()
 
     def units(self, unit_bytes: int) -> int:
         return self.layers * self.blocks * (self.block_bytes // unit_bytes)
@@ -206,7 +207,13 @@ class Remote:
         return self.answer()
 
     def stop(self) -> None:
+        """Returns when every thread has stopped: on a busy machine that takes a while."""
         self._signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self._process.pid}/task")
+        until = time.monotonic() + ANSWER_S
+        while any(_state(task) != "T" for task in tasks.iterdir()):
+            assert time.monotonic() < until, "it does not stop"
+            time.sleep(0.001)
 
     def wake(self) -> None:
         self._signal(signal.SIGCONT)
@@ -222,6 +229,11 @@ class Remote:
     def _signal(self, number: int) -> None:
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
+
+
+def _state(task: Path) -> str:
+    """Of a thread, as proc(5) has it. The name before it, in parentheses, may hold anything."""
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 class Local:
@@ -274,5 +286,7 @@ class Pair:
 
 def pairs_of(subject: Subject) -> Iterator[Pair]:
     pair = Pair(subject)
-    yield pair
-    pair.end()
+    try:
+        yield pair
+    finally:
+        pair.end()
