@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MODEL = "smollm2-135m"
-FLAGS = ["--max-model-len", "2048", "--dtype", "float32", "--enforce-eager"]
+# Chunks smaller than the longer prompts, so that these are handed off in pieces.
+FLAGS = [
+    "--max-model-len", "2048", "--dtype", "float32", "--enforce-eager",
+    "--max-num-batched-tokens", "256",
+]  # fmt: skip
+OURS = ["--kv-checksums", "full"]
 TOOLS = ["--tool-call-parser", "hermes", "--enable-auto-tool-choice"]
 
 
@@ -22,7 +27,7 @@ TOOLS = ["--tool-call-parser", "hermes", "--enable-auto-tool-choice"]
 def group() -> Iterator[LocalGroup]:
     """A router with one prefill and one decode worker, in float32."""
     prepare(MODEL)
-    with LocalGroup(MODEL, flags=FLAGS, router_flags=TOOLS) as running:
+    with LocalGroup(MODEL, flags=[*FLAGS, *OURS], router_flags=TOOLS) as running:
         yield running
 
 

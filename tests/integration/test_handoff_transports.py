@@ -1,0 +1,105 @@
+"""Tokens are those of one engine over every transport, with every byte's checksum compared."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from deploy.local.group import LocalGroup
+from tests.integration.conftest import FLAGS, MODEL
+from tests.integration.test_serving import LENGTHS, await_free, complete
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module", params=["tcp", "collective"])
+def over(request: pytest.FixtureRequest) -> Iterator[tuple[str, LocalGroup]]:
+    """`ucx` has the session's own group, and `test_serving` this very suite."""
+    flags = [*FLAGS, "--kv-transports", request.param, "--kv-checksums", "full"]
+    with LocalGroup(MODEL, flags=flags) as running:
+        yield request.param, running
+
+
+def same_answer(url: str, other: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Ask both; the router's record of ours."""
+    ours, theirs = complete(url, **body), complete(other, **body)
+    assert ours.status_code == theirs.status_code == 200, ours.text
+    mine, expected = ours.json()["choices"][0], theirs.json()["choices"][0]
+    assert mine["token_ids"] == expected["token_ids"]
+    assert mine["text"] == expected["text"]
+    assert mine["finish_reason"] == expected["finish_reason"]
+    if "logprobs" in body:
+        assert mine["logprobs"]["token_logprobs"] == pytest.approx(
+            expected["logprobs"]["token_logprobs"], abs=1e-4
+        )
+    record: dict[str, Any] = httpx.get(f"{url}/tandem/requests/{ours.json()['id']}").json()[0]
+    return record
+
+
+def body_of(length: int, salt: str, **options: Any) -> dict[str, Any]:
+    rng = random.Random(length)
+    return {
+        "prompt": [rng.randrange(20, 40_000) for _ in range(length)],
+        "max_tokens": 12, "return_token_ids": True, "cache_salt": salt, "ignore_eos": True,
+        **options,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_tokens_are_those_of_one_engine_over_each_transport(
+    over: tuple[str, LocalGroup], aggregated: str, length: int
+) -> None:
+    """Even lengths greedy, so with the first token relayed; odd ones seeded, with logprobs."""
+    name, group = over
+    options: dict[str, Any] = (
+        {"temperature": 0.9, "seed": length, "logprobs": 3} if length % 2 else {"temperature": 0}
+    )
+    record = same_answer(group.url, aggregated, body_of(length, f"{name}-{length}", **options))
+    assert record["kv_failed"] is None
+    assert record["kv_transport"] == name
+    assert record["kv_bytes"] == -(-length // record["block_tokens"]) * record["block_bytes"]
+
+
+def test_nothing_is_kept_over_each_transport(over: tuple[str, LocalGroup]) -> None:
+    await_free(over[1], 10)
+
+
+# ------------------------------------------------------------ the relayed first token
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_tokens": 1},
+        {"max_tokens": 2},
+        {"min_tokens": 5, "ignore_eos": False},
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.7},
+        {"frequency_penalty": 0.7, "logprobs": 1},
+        {"logit_bias": {"100": 5.0}},
+        {"seed": 5, "temperature": 1.0},
+        {"seed": 5, "temperature": 1.0, "logprobs": 0},
+        {"ignore_eos": False, "stop_token_ids": list(range(20, 30_000))},
+        {"bad_words": ["the"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [3, 128, 700])
+def test_whoever_samples_the_first_token_the_answer_is_one_engines(
+    group: LocalGroup, aggregated: str, length: int, options: dict[str, Any]
+) -> None:
+    asked = {"temperature": 0, **options}
+    same_answer(group.url, aggregated, body_of(length, f"relay-{length}-{options}", **asked))
+
+
+def test_a_long_prompt_is_read_while_it_is_computed(group: LocalGroup, aggregated: str) -> None:
+    record = same_answer(group.url, aggregated, body_of(1500, "long", temperature=0))
+    assert record["kv_hidden_s"] > 0
+    assert record["kv_s"] > 0
