@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING, Any, Final
 
 from rich import box
@@ -40,16 +41,20 @@ def print_all(found: Found) -> list[dict[str, Any]]:
 
 def _rates(title: str, group: dict[str, Any]) -> None:
     sizes = list(group["memcpy"]["gb_per_s"])
+    rounds = group["memcpy"]["round_gb_per_s"][SCATTERED]
     rows: list[list[Any]] = []
     for name, figures in group.items():
         if "missing" in figures:
             rows.append([name, *["-"] * len(sizes), "-"])
             continue
-        rates = [f"{figures['gb_per_s'][s]:.2f} ({_share(group, name, s):.2f})" for s in sizes]
+        rates = [
+            f"{figures['gb_per_s'][s]:.2f} ({_ratio(figures, group['memcpy'], s):.2f})"
+            for s in sizes
+        ]
         trip = "" if name == "memcpy" else figures["round_trip_us"]
         rows.append([name, *rates, trip])
     _print(
-        f"{title}: GB/s, and as a share of memcpy of as many bytes in one piece",
+        f"{title}, {len(rounds)} rounds: GB/s (share of memcpy of as many bytes in one piece)",
         ["", *sizes, "4 KiB, us"],
         rows,
     )
@@ -99,7 +104,7 @@ def _targets(found: Found) -> list[dict[str, Any]]:
     def ratio(group: dict[str, Any], one: str, other: str, size: str) -> float | None:
         if "missing" in group[one] or "missing" in group[other]:
             return None
-        return float(group[one]["gb_per_s"][size] / group[other]["gb_per_s"][size])
+        return _ratio(group[one], group[other], size)
 
     wanted: list[tuple[str, list[float | None], float]] = [
         *((f"ucx beside NIXL bare, {s}", [ratio(shared, "ucx", "NIXL bare", s)], LEVEL)
@@ -140,8 +145,10 @@ def _verdict(target: dict[str, Any]) -> str:
     return {True: "met", False: "missed", None: "not measured"}[target["met"]]
 
 
-def _share(group: dict[str, Any], name: str, size: str) -> float:
-    return float(group[name]["gb_per_s"][size] / group["memcpy"]["gb_per_s"][size])
+def _ratio(one: dict[str, Any], other: dict[str, Any], size: str) -> float:
+    """Median of the rounds' ratios: what slows the machine for a while slows both."""
+    pairs = zip(one["round_gb_per_s"][size], other["round_gb_per_s"][size], strict=True)
+    return float(statistics.median(a / b for a, b in pairs))
 
 
 def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
