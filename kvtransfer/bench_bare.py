@@ -110,6 +110,7 @@ class SocketSource:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # Wakes the thread that accepts.
         self._listener.close()
 
     def _accept(self) -> None:
@@ -121,29 +122,34 @@ class SocketSource:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        (unit_bytes,) = _HEAD.unpack(_exactly(connection, _HEAD.size))
-        places = _Places(self._memory, unit_bytes)
-        while head := _exactly(connection, _HEAD.size):
-            (size,) = _HEAD.unpack(head)
-            wanted = np.frombuffer(_exactly(connection, size), dtype=np.int32)
-            _all(places.of(wanted), connection.sendmsg)
+        with connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            (unit_bytes,) = _HEAD.unpack(_exactly(connection, _HEAD.size))
+            places = _Places(self._memory, unit_bytes)
+            while head := _exactly(connection, _HEAD.size):
+                (size,) = _HEAD.unpack(head)
+                wanted = np.frombuffer(_exactly(connection, size), dtype=np.int32)
+                _all(places.of(wanted), connection.sendmsg)
 
 
-def socket_copy(memory: Memory, description: bytes, unit_bytes: int) -> Copy:
-    host, port = msgspec.msgpack.decode(description)
-    connection = socket.create_connection((host, port), HANG_S)
-    connection.settimeout(None)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.sendall(_HEAD.pack(unit_bytes))
-    places = _Places(memory, unit_bytes)
+class SocketCopy:
+    """Asks for units and takes them, with `recvmsg_into`, straight to memory."""
 
-    def copy(local: Units, remote: Units) -> None:
+    def __init__(self, memory: Memory, description: bytes, unit_bytes: int) -> None:
+        host, port = msgspec.msgpack.decode(description)
+        self._connection = socket.create_connection((host, port), HANG_S)
+        self._connection.settimeout(None)
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection.sendall(_HEAD.pack(unit_bytes))
+        self._places = _Places(memory, unit_bytes)
+
+    def __call__(self, local: Units, remote: Units) -> None:
         wanted = remote.astype(np.int32).tobytes()
-        connection.sendall(_HEAD.pack(len(wanted)) + wanted)
-        _all(places.of(local), lambda parts: connection.recvmsg_into(parts)[0])
+        self._connection.sendall(_HEAD.pack(len(wanted)) + wanted)
+        _all(self._places.of(local), lambda parts: self._connection.recvmsg_into(parts)[0])
 
-    return copy
+    def close(self) -> None:
+        self._connection.close()
 
 
 class _Places:

@@ -167,7 +167,7 @@ def _copy(contender: Contender, memory: Memory, description: bytes, unit: int) -
         case "nixl":
             return bench_bare.nixl_copy(memory, description, unit, **contender.settings)
         case "sockets":
-            return bench_bare.socket_copy(memory, description, unit)
+            return bench_bare.SocketCopy(memory, description, unit)
         case "memcpy":
             return bench_bare.memcpy(memory, description, unit)
     peer = _transport(contender).connect(memory, description, unit)
