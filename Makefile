@@ -23,7 +23,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: help
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(VENV)/.locked $(VENV)/.editable  ## a virtual environment with everything, in .venv
@@ -68,6 +68,12 @@ test: model  ## every test, real engines included, in tiers (TIERS="unit contrac
 .PHONY: bench
 bench: model  ## the router beside vLLM's bare front, disaggregated beside aggregated: tables
 	@$(BIN)/python -m loadtests.bench --model $(MODEL) --json reports/bench.json
+
+.PHONY: bench-handoff
+bench-handoff: model  ## each KV transport beside memcpy, NIXL bare and two sockets: tables
+	@$(BIN)/python -m kvtransfer.bench --json reports/bench-handoff.json
+	@if [ -f loadtests/bench_handoff.py ]; then \
+	    $(BIN)/python -m loadtests.bench_handoff --model $(MODEL); fi
 
 .PHONY: loadtest
 loadtest: model  ## chats for a minute against `tandem up`, with a report in reports/ (USERS, DURATION_S)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 VERSION: Final = 1
 SLOTS: Final = 4
-SLOT_BYTES: Final = 2 << 20
+SLOT_BYTES: Final = 4 << 20
 """Staging is SLOTS buffers of this size a side and pair, or of one unit, where that is larger."""
 UNIT_BYTES_MAX: Final = 64 << 20
 UNITS_PER_SLOT_MAX: Final = 16384
