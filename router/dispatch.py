@@ -53,7 +53,8 @@ class Sink(Protocol):
 
     def deliver(self, deltas: list[Delta], prompt_extras: dict[str, bytes]) -> None:
         """Deltas of one engine step. `prompt_extras` has, by request id and only with the first
-        delta, what the prefill worker said of the prompt (`Delta.extras`)."""
+        delta, what the prefill worker said of the prompt (`Delta.extras`). A first delta's
+        `cached_tokens` are those that no worker had to compute."""
 
     def fail(self, request_id: str, error: RouterError) -> None: ...
 
@@ -192,7 +193,9 @@ class Dispatch:
     def _gather(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
         request_id = live.ask.request_id
         if delta.cached_tokens is not None:
-            self.journal.pulled(request_id, delta, live.cached_tokens)
+            cached_tokens = _cached_tokens(live.cached_tokens, delta)
+            delta = msgspec.structs.replace(delta, cached_tokens=cached_tokens)
+            self.journal.pulled(request_id, delta)
         if live.prompt_extras is not None:
             step.prompt_extras[request_id] = live.prompt_extras
             live.prompt_extras = None
@@ -262,6 +265,8 @@ class Dispatch:
         live.wire_id = ask.request_id if attempt == 1 else f"{ask.request_id}/{attempt}"
         if phase is Phase.PREFILL:
             live.wire_id += "/p"
+        if phase is not Phase.DECODE:  # What a former try's prefill said is of no more use.
+            live.prompt_extras = live.cached_tokens = None
         self._by_wire[live.wire_id] = live
         self._send(
             worker,
@@ -307,3 +312,15 @@ class Dispatch:
         if self._live.pop(live.ask.request_id, None) is not None:
             self._by_wire.pop(live.wire_id, None)
             self.journal.end(live.ask.request_id, outcome, now)
+
+
+def _cached_tokens(prefill: int | None, delta: Delta) -> int:
+    """Prompt tokens that nobody computed. `prefill`: of the prefill worker, None without one.
+
+    With a pull, the decode worker's own cache saved bytes and no computing.
+    """
+    own = delta.cached_tokens or 0
+    if prefill is None:
+        return own
+    # A pull that failed: both computed the prompt, each after the prefix that its cache held.
+    return prefill if delta.kv_failed is None else min(prefill, own)
