@@ -9,20 +9,23 @@ import pytest
 from deploy.local.aggregated import Aggregated
 from deploy.local.group import LocalGroup
 from deploy.local.models import prepare
+from tests.integration.asking import LEASE_S, MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MODEL = "smollm2-135m"
 FLAGS = ["--max-model-len", "2048", "--dtype", "float32", "--enforce-eager"]
-TOOLS = ["--tool-call-parser", "hermes", "--enable-auto-tool-choice"]
+FRONT_FLAGS = [
+    "--tool-call-parser", "hermes", "--enable-auto-tool-choice", "--enable-prompt-tokens-details",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def group() -> Iterator[LocalGroup]:
     """A router with one prefill and one decode worker, in float32."""
     prepare(MODEL)
-    with LocalGroup(MODEL, flags=FLAGS, router_flags=TOOLS) as running:
+    flags = [*FLAGS, "--lease-s", str(LEASE_S)]
+    with LocalGroup(MODEL, flags=flags, router_flags=FRONT_FLAGS) as running:
         yield running
 
 
@@ -30,5 +33,5 @@ def group() -> Iterator[LocalGroup]:
 def aggregated() -> Iterator[str]:
     """What every answer is compared with. Its address."""
     model = str(prepare(MODEL))
-    with Aggregated(model, served_as=MODEL, flags=[*FLAGS, *TOOLS]) as running:
+    with Aggregated(model, served_as=MODEL, flags=[*FLAGS, *FRONT_FLAGS]) as running:
         yield running.url
