@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
 if TYPE_CHECKING:
-    from kvtransfer.orders import Order
+    from kvtransfer.orders import Order, Pulled
     from kvtransfer.protocol import Layout, Region
 
 
@@ -72,7 +72,7 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
 
 class HandoffStats(KVConnectorStats):  # type: ignore[misc]
-    """`pulls`: one map each (`kvtransfer.vllm_worker`); the rest are facts."""
+    """`pulls`: one `account` each; the rest are facts."""
 
     data: dict[str, Any]
 
@@ -94,3 +94,19 @@ class HandoffStats(KVConnectorStats):  # type: ignore[misc]
             "pulls_failed": sum(p["error"] is not None for p in pulls),
             "bytes": sum(p["bytes"] for p in pulls),
         }
+
+
+def account(pulled: Pulled, tokens: int = 0) -> dict[str, Any]:
+    """One pull, for the worker's metrics and the router's records. `tokens`: what it brought."""
+    failed = pulled.error is not None
+    return {
+        "request_id": pulled.request_id,
+        "error": pulled.error,
+        "mismatched": pulled.mismatched,
+        "transport": pulled.transport,
+        "tokens": 0 if failed else tokens,
+        "bytes": 0 if failed else pulled.bytes,
+        "seconds": pulled.read_s,
+        "hidden_s": pulled.hidden_s,
+        "first_token": pulled.first_token,
+    }

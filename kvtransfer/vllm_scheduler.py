@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.request import RequestStatus
 
 from kvtransfer.core.manifest import chain
-from kvtransfer.orders import Order
+from kvtransfer.orders import Order, Pulled
 from kvtransfer.protocol import LINK_BYTES, Manifest
 from kvtransfer.sender import Offered, Sender
-from kvtransfer.vllm_records import Computed, HandoffStats, StepPlan, StepReport
+from kvtransfer.vllm_records import Computed, HandoffStats, StepPlan, StepReport, account
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,6 +64,7 @@ class SchedulerHalf:
         self._pulling: dict[str, Request] = {}
         self._pulls: list[Order] = []
         self._cancelled: list[str] = []
+        self._failures: list[dict[str, Any]] = []
 
     def open(self, facts: dict[int, WorkerFacts]) -> None:
         """The worker halves have registered their memory: receivers may come."""
@@ -84,7 +85,12 @@ class SchedulerHalf:
 
     def match(self, request: Request, computed: int) -> tuple[int, bool]:
         """How many prompt tokens beyond `computed` the handoff will bring: all of them."""
-        if _param(request, "tandem_fetch") is None:
+        fetch = _param(request, "tandem_fetch")
+        if fetch is None:
+            return 0, False
+        if reason := fetch.get("unreadable"):
+            request.kv_transfer_params["tandem_fetch"] = None
+            self._failures.append(account(Pulled(request.request_id, reason)))
             return 0, False
         return request.num_prompt_tokens - computed, True
 
@@ -243,9 +249,10 @@ class SchedulerHalf:
 
     def take_stats(self) -> HandoffStats:
         facts, sender = self._facts, self._sender
+        failures, self._failures = self._failures, []
         return HandoffStats(
             {
-                "pulls": [],
+                "pulls": failures,
                 "leases_open": sender.leases_open if sender else 0,
                 "leases_expired": sender.leases_expired_total if sender else 0,
                 "endpoint": sender.endpoint if sender else "",

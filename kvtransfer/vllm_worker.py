@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from kvtransfer import checksums, huge_pages
+from kvtransfer.orders import Mine, Order
 from kvtransfer.protocol import Layout, Region
-from kvtransfer.receiver import Mine, Order, Pulled, Receiver, Timeouts
+from kvtransfer.receiver import Receiver, Timeouts
 from kvtransfer.transports.api import Memory, Segment
 from kvtransfer.transports.choose import PREFERRED, available
-from kvtransfer.vllm_records import HandoffStats, StepPlan, StepReport, WorkerFacts
+from kvtransfer.vllm_records import HandoffStats, StepPlan, StepReport, WorkerFacts, account
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,8 @@ class WorkerHalf:
             self._cancelled.discard(pulled.request_id)
             if pulled.first_token is not None:
                 self._first_tokens[pulled.request_id] = pulled.first_token
-            self._pulls.append(_account(order, pulled))
+            tokens = len(order.token_ids) - order.cached_tokens
+            self._pulls.append(account(pulled, tokens))
         return results
 
     def report(self) -> StepReport | None:
@@ -156,22 +158,6 @@ class WorkerHalf:
     @property
     def _block_tokens(self) -> int:
         return int(self._config.cache_config.block_size)
-
-
-def _account(order: Order, pulled: Pulled) -> dict[str, Any]:
-    """One pull, for the worker's metrics and the router's records."""
-    failed = pulled.error is not None
-    return {
-        "request_id": order.request_id,
-        "error": pulled.error,
-        "mismatched": pulled.mismatched,
-        "transport": pulled.transport,
-        "tokens": 0 if failed else len(order.token_ids) - order.cached_tokens,
-        "bytes": 0 if failed else pulled.bytes,
-        "seconds": pulled.read_s,
-        "hidden_s": pulled.hidden_s,
-        "first_token": pulled.first_token,
-    }
 
 
 def _await_device(device: str) -> None:

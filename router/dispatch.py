@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from router.ask import Ask, Reserve
 from router.core import lifecycle as life
 from router.core.errors import NoWorkers, Overloaded
 from router.core.fleet import Fleet
@@ -36,40 +36,13 @@ STUCK_S = 600.0
 """A request without any progress for this long is failed."""
 
 
-class Reserve(StrEnum):
-    """When the decode worker sets blocks aside for a prompt that another computes."""
-
-    AT_DISPATCH = "at_dispatch"
-    """At once: what is computed is read while the rest is being computed."""
-    AT_PREFILL_DONE = "at_prefill_done"
-    """Afterwards: its memory serves others meanwhile, and the whole prompt is read at the end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One request for one sequence, as the front hands it over."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    max_tokens: int
-    params: bytes = b""
-    cache_salt: str | None = None
-    lora_name: str | None = None
-    priority: int = 0
-    relay: bool = False
-    """The prefill worker may sample the first token: what follows stays what it would be."""
-    generated: int = 0
-    """Tokens at the prompt's end that the client has already."""
-    name: str = ""
-    """What the client calls the request; for `explain`, several asks may share it."""
-
-
 class Sink(Protocol):
     """Where tokens and failures go: the front, or the simulator's bookkeeping."""
 
     def deliver(self, deltas: list[Delta], prompt_extras: dict[str, bytes]) -> None:
         """Deltas of one engine step. `prompt_extras` has, by request id and only with the first
-        delta, what the prefill worker said of the prompt (`Delta.extras`)."""
+        delta, what the prefill worker said of the prompt (`Delta.extras`). A first delta's
+        `cached_tokens` are those that no worker had to compute."""
 
     def fail(self, request_id: str, error: RouterError) -> None: ...
 
@@ -211,7 +184,7 @@ class Dispatch:
                     live.relayed = delta.token_ids[0]
                     done = finish is Finish.PREFILLED
                     told = msgspec.structs.replace(
-                        delta, finish=None if done else finish, extras=None, cached_tokens=None
+                        delta, finish=None if done else finish, extras=None
                     )
                     self._gather(live, worker_id, told, step)
                 if finish is Finish.PREFILLED:
@@ -238,7 +211,9 @@ class Dispatch:
     def _gather(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
         request_id = live.ask.request_id
         if delta.cached_tokens is not None:
-            self.journal.pulled(request_id, delta, live.cached_tokens)
+            cached_tokens = _cached_tokens(live.cached_tokens, delta)
+            delta = msgspec.structs.replace(delta, cached_tokens=cached_tokens)
+            self.journal.pulled(request_id, delta)
         if live.prompt_extras is not None:
             step.prompt_extras[request_id] = live.prompt_extras
             live.prompt_extras = None
@@ -318,6 +293,7 @@ class Dispatch:
         # Ids are single use: a late answer to a former try must not be taken for this one's.
         attempt, ask = live.state.attempt, live.ask
         self._forget_wires(live)
+        live.prompt_extras = live.cached_tokens = None  # Of a former try's prefill: of no more use.
         live.wire_id = ask.request_id if attempt == 1 else f"{ask.request_id}/{attempt}"
         prefill = self.fleet.get(placement.prefill) if placement.prefill else None
         if prefill is None:
@@ -384,3 +360,15 @@ class Dispatch:
         if self._live.pop(live.ask.request_id, None) is not None:
             self._forget_wires(live)
             self.journal.end(live.ask.request_id, outcome, now)
+
+
+def _cached_tokens(prefill: int | None, delta: Delta) -> int:
+    """Prompt tokens that nobody computed. `prefill`: of the prefill worker, None without one.
+
+    With a pull, the decode worker's own cache saved bytes and no computing.
+    """
+    own = delta.cached_tokens or 0
+    if prefill is None:
+        return own
+    # A pull that failed: both computed the prompt, each after the prefix that its cache held.
+    return prefill if delta.kv_failed is None else min(prefill, own)

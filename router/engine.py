@@ -17,9 +17,10 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.metrics.stats import PrefillStats
 
+from router.ask import Ask
 from router.core.errors import RequestInvalid, RouterError
-from router.dispatch import Ask
 from workers.api import Delta, Finish
 from workers.vllm_codec import decode_extras, encode_request
 
@@ -326,6 +327,11 @@ def _output(delta: Delta, prompt_extras: bytes | None) -> EngineCoreOutput:
         finish_reason=None if delta.finish is None else _FINISH[delta.finish],
         stop_reason=delta.stop_reason,
     )
+    if delta.cached_tokens is not None:
+        # How many blocks the prompt added to a cache is not told: None, and not a wrong 0.
+        output.prefill_stats = PrefillStats(
+            num_cached_tokens=delta.cached_tokens, num_cache_creation_tokens=cast(int, None)
+        )
     if prompt_extras is not None:
         decode_extras(prompt_extras, output)
     if delta.extras is not None:

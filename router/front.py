@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request  # noqa: TC002  # FastAPI reads the annotation.
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from vllm import AsyncEngineArgs, envs
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from router.core.conversation import roles_in, trouble
 from router.core.errors import RouterError
 from router.engine import Broken, Refusal
 
@@ -20,7 +27,6 @@ if TYPE_CHECKING:
     import argparse
 
     from fastapi import FastAPI
-    from starlette.requests import Request
 
     from router.dispatch import Dispatch
     from router.engine import DisaggregatedEngine
@@ -59,13 +65,17 @@ async def build_front(
     engine: DisaggregatedEngine, links: Links, dispatch: Dispatch, args: argparse.Namespace
 ) -> FastAPI:
     """The whole HTTP application."""
+    _check_conversations(engine.renderer, args.chat_template)
     app: FastAPI = build_app(args, _TASKS, engine.model_config)
     await init_app_state(engine, app.state, args, _TASKS)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(Broken, _refused)
+    # vLLM's handler is FastAPI's class's only, and misses what Starlette itself raises.
+    app.add_exception_handler(HTTPException, _http_error)
     # `build_app` has built the stack already, with the handlers of then; the next request builds
     # it again.
     app.middleware_stack = None
+    app.dependency_overrides[validate_json_request] = _check_json
     _add_routes(app, links, dispatch)
     return app
 
@@ -77,11 +87,58 @@ def _refused(_: Request, error: Any) -> Response:
     return JSONResponse({"error": content}, cause.status, headers)
 
 
+def _http_error(_: Request, error: Any) -> Response:
+    """No such path, another method, a body nested too deeply: in OpenAI's shape too."""
+    kind = HTTPStatus(error.status_code).phrase
+    content = {"message": error.detail, "type": kind, "param": None, "code": error.status_code}
+    return JSONResponse({"error": content}, error.status_code, error.headers)
+
+
+async def _check_json(request: Request) -> None:
+    """vLLM's own check of the content type, and then of what its validators trip over.
+
+    They take these two for what they should be before pydantic has looked: a TypeError that names
+    nothing, or a 500. FastAPI has parsed the body already, so looking at it costs nothing.
+    """
+    await validate_json_request(request)
+    body = await request.json() if await request.body() else None
+    if not isinstance(body, dict):
+        return  # What pydantic says to that is clear.
+    if not isinstance(body.get("messages", []), list):
+        raise VLLMValidationError("messages must be a list", parameter="messages")
+    if not isinstance(body.get("structured_outputs"), dict | None):
+        raise VLLMValidationError(
+            "structured_outputs must be an object", parameter="structured_outputs"
+        )
+
+
+def _check_conversations(renderer: Any, chat_template: str | None) -> None:
+    """Refuse what `trouble` finds before a conversation is rendered, whatever endpoint it is of.
+
+    vLLM takes any role, and most templates print it: the model answers what it was never taught.
+    """
+    template = load_chat_template(chat_template)
+    if template is None:
+        template = getattr(renderer.tokenizer, "chat_template", None)
+    if not isinstance(template, str):
+        return  # The model has a renderer in code, or several templates: they know their roles.
+    roles = roles_in(template)
+    render = renderer.render_chat_async
+
+    async def checked(conversations: Any, *rest: Any, **options: Any) -> Any:
+        for messages in conversations:
+            if found := trouble(messages, roles):
+                raise VLLMValidationError(found[1], parameter=found[0])
+        return await render(conversations, *rest, **options)
+
+    renderer.render_chat_async = checked
+
+
 def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch) -> None:
     async def requests(request: Request) -> Response:
         found = dispatch.journal.find(request.path_params["name"])
         if not found:
-            return JSONResponse({"error": {"message": "no such request, or too long ago"}}, 404)
+            raise HTTPException(404, "no such request, or too long ago")
         return JSONResponse([_record(r, dispatch) for r in found])
 
     async def workers(_: Request) -> Response:

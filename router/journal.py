@@ -31,7 +31,7 @@ class Record(msgspec.Struct):
     decode_worker: str | None = None
     cached_tokens: int = 0
     """Prompt tokens that nobody had to compute: the prefill worker's cache held them, or, where
-    one worker did both, its own."""
+    one worker did both, its own. The client's usage says the same."""
     kv_tokens: int = 0
     kv_bytes: int = 0
     kv_s: float = 0.0
@@ -75,11 +75,10 @@ class Journal:
             record.prefill_worker = placement.prefill
             record.decode_worker = placement.decode
 
-    def pulled(self, request_id: str, delta: Delta, prefill_cached_tokens: int | None) -> None:
+    def pulled(self, request_id: str, delta: Delta) -> None:
         """The decode worker's first delta says how the prompt's KV got there."""
         if record := self._records.get(request_id):
-            local = delta.cached_tokens or 0
-            record.cached_tokens = max(local, prefill_cached_tokens or 0)
+            record.cached_tokens = delta.cached_tokens or 0
             record.kv_tokens = delta.kv_tokens
             record.kv_bytes = delta.kv_bytes
             record.kv_s = delta.kv_s

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from router.dispatch import Reserve
+from router.ask import Reserve
 from workers.flags import FileToWrite, Port, Text
 
 _ADDRESS: Final = re.compile(r"tcp://[A-Za-z0-9._-]+:([0-9]{1,5})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import zmq
@@ -22,7 +22,9 @@ from kvtransfer.protocol import (
     decode_ticket,
 )
 from kvtransfer.transports.ucx import UcxDescription
-from workers.api import WorkerHello
+
+if TYPE_CHECKING:
+    from workers.api import WorkerHello
 
 T = TypeVar("T")
 

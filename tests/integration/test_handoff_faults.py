@@ -1,4 +1,4 @@
-"""Workers stopped and killed at every moment of a handoff: right tokens or a clear error, no more."""
+"""Workers stopped and killed at every moment of a handoff: right tokens, or a clear error."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import psutil
 import pytest
 
 from deploy.local.group import LocalGroup
-from tests.integration.conftest import FLAGS, MODEL
+from tests.integration.asking import MODEL, await_free, complete, metrics
+from tests.integration.conftest import FLAGS
 from tests.integration.test_handoff_transports import body_of
-from tests.integration.test_serving import await_free, complete
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import httpx
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
 
@@ -172,12 +173,9 @@ def record_free(group: LocalGroup, name: str, seconds: float) -> None:
     """The survivor holds nothing for the one that is gone."""
     until = time.monotonic() + seconds
     while True:
-        values = {
-            line.split(" ")[0].removeprefix("tandem_worker_"): float(line.rsplit(" ", 1)[1])
-            for line in httpx.get(f"{group.worker(name).http}/metrics").text.splitlines()
-            if line.startswith(("tandem_worker_blocks_", "tandem_worker_leases_open"))
-        }
-        if values["blocks_free"] == values["blocks_total"] and not values["leases_open"]:
+        now = metrics(group, name)
+        values = [now[f"tandem_worker_{n}"] for n in ("blocks_free", "blocks_total", "leases_open")]
+        if values[0] == values[1] and not values[2]:
             return
         assert time.monotonic() < until, values
         time.sleep(0.2)

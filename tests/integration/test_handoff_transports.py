@@ -9,8 +9,9 @@ import httpx
 import pytest
 
 from deploy.local.group import LocalGroup
-from tests.integration.conftest import FLAGS, MODEL
-from tests.integration.test_serving import LENGTHS, await_free, complete
+from tests.integration.asking import MODEL, await_free, complete
+from tests.integration.conftest import FLAGS
+from tests.integration.test_serving import LENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

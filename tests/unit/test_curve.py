@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zmq.utils import z85
 
+from router.ask import Ask
 from router.core.compat import RouterFacts
-from router.dispatch import Ask, Dispatch
+from router.dispatch import Dispatch
 from router.link import Curve, Links
 from tests.unit.test_worker_channel import FAST, WAIT_S, generate, place, run
 from workers.api import SILENCE_S, Finish

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.ask import Ask
 from router.core.errors import NoWorkers, RouterError
 from router.core.placement import Prompt, place
-from router.dispatch import Ask, Dispatch
+from router.dispatch import Dispatch
 from workers.api import (
     PROTOCOL,
     SILENCE_S,
@@ -48,6 +49,8 @@ class Fakes:
         self.now = 0.0
         self.sent: list[tuple[str, ToWorker]] = []
         self.got: dict[str, list[int]] = {}
+        self.cached: dict[str, int | None] = {}
+        """What first deltas said of cached tokens."""
         self.failed: dict[str, RouterError] = {}
         self.dispatch = Dispatch(lambda w, m: self.sent.append((w, m)), self, lambda: self.now)
         for worker in workers:
@@ -55,6 +58,7 @@ class Fakes:
 
     def deliver(self, deltas: list[Delta], prompt_extras: dict[str, bytes]) -> None:
         for delta in deltas:
+            self.cached.setdefault(delta.request_id, delta.cached_tokens)
             self.got.setdefault(delta.request_id, []).extend(delta.token_ids)
 
     def fail(self, request_id: str, error: RouterError) -> None:
@@ -123,6 +127,34 @@ def test_a_loss_after_the_first_token_fails_the_stream_clearly() -> None:
     f.dispatch.on_lost("d", "killed")
     assert f.failed["r"].code == "worker_lost"
     assert len(f.dispatch) == 0
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "failed", "cached"),
+    [(32, 0, None, 32), (0, 32, None, 0), (16, 32, None, 16), (32, 16, "no", 16), (0, 16, "no", 0)],
+)
+def test_cached_tokens_are_those_that_no_worker_computed(
+    prefill: int, decode: int, failed: str | None, cached: int
+) -> None:
+    f = pair()
+    f.dispatch.submit(Ask("r", [1] * 40, 4))
+    f.say("p", Delta("r/p", [], Finish.PREFILLED, ticket=b"t", cached_tokens=prefill))
+    f.say("d", Delta("r", [5], cached_tokens=decode, kv_failed=failed))
+    f.say("d", Delta("r", [6], Finish.STOP))
+    assert f.cached == {"r": cached}
+    assert f.dispatch.journal.find("r")[0].cached_tokens == cached
+
+
+def test_a_former_try_s_cached_tokens_are_forgotten() -> None:
+    f = pair()
+    f.dispatch.submit(Ask("r", [1] * 40, 4))
+    f.say("p", Delta("r/p", [], Finish.PREFILLED, ticket=b"t", cached_tokens=32))
+    f.dispatch.on_lost("p", "killed")
+    f.say("d", Delta("r", [], Finish.ERROR, error="no"))
+    _, again = f.last_generate()
+    assert (again.request_id, again.phase) == ("r/2", Phase.BOTH)
+    f.say("d", Delta("r/2", [5], cached_tokens=16))
+    assert f.cached == {"r": 16}
 
 
 def test_a_silent_worker_is_lost() -> None:

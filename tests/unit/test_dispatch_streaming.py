@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtransfer.protocol import decode_ticket
-from router.dispatch import Ask, Dispatch, Reserve
+from router.ask import Ask, Reserve
+from router.dispatch import Dispatch
 from tests.unit.test_dispatch import Fakes, hello
 from workers.api import Abort, Delta, Finish, Generate, Phase, Release, Role, WorkerHello
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from router.dispatch import Reserve
+from router.ask import Reserve
 from router.settings import RouterSettings
 from workers.api import Role
 from workers.flags import flag, read_settings, variable

@@ -147,7 +147,9 @@ def _shape(params: SamplingParams, generate: Generate, config: VllmConfig) -> Sa
         # The prefill worker has computed them.
         params.prompt_logprobs = None
         params.skip_reading_prefix_cache = False
-        hand_off = _nixl_params(generate.ticket) if nixl else {"tandem_fetch": _fetch(generate)}
+        hand_off = (
+            _nixl_params(generate.ticket) if nixl else {"tandem_fetch": _fetch(generate.ticket)}
+        )
     extra = {k: v for k, v in (params.extra_args or {}).items() if k != "kv_transfer_params"}
     if hand_off is not None:
         extra["kv_transfer_params"] = hand_off
@@ -156,19 +158,24 @@ def _shape(params: SamplingParams, generate: Generate, config: VllmConfig) -> Sa
 
 
 def _produce(generate: Generate) -> dict[str, Any]:
-    # With no token after the first there is nothing to hand off.
-    keep = not (generate.relay and generate.max_tokens == 1)
-    return {"handle": _fetch(generate)["handle"], "relay": generate.relay, "keep": keep}
-
-
-def _fetch(generate: Generate) -> dict[str, Any]:
     if generate.ticket is None:
         raise BadRequest("the prefill phase needs a ticket")
     try:
         ticket = decode_ticket(generate.ticket)
     except TicketUnreadable as error:
         raise BadRequest(str(error)) from None
-    return {"handle": ticket.handle, "epoch": ticket.epoch, "endpoint": ticket.endpoint}
+    # With no token after the first there is nothing to hand off.
+    keep = not (generate.relay and generate.max_tokens == 1)
+    return {"handle": ticket.handle, "relay": generate.relay, "keep": keep}
+
+
+def _fetch(ticket: bytes) -> dict[str, Any]:
+    """For the connector; one that can't be read costs time and no more, as any failed pull."""
+    try:
+        read = decode_ticket(ticket)
+    except TicketUnreadable as error:
+        return {"unreadable": str(error)}
+    return {"handle": read.handle, "epoch": read.epoch, "endpoint": read.endpoint}
 
 
 def _nixl_params(ticket: bytes) -> dict[str, Any]:

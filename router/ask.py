@@ -1,0 +1,34 @@
+"""What the front asks of the dispatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Reserve(StrEnum):
+    """When the decode worker sets blocks aside for a prompt that another computes."""
+
+    AT_DISPATCH = "at_dispatch"
+    """At once: what is computed is read while the rest is being computed."""
+    AT_PREFILL_DONE = "at_prefill_done"
+    """Afterwards: its memory serves others meanwhile, and the whole prompt is read at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request for one sequence, as the front hands it over."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    max_tokens: int
+    params: bytes = b""
+    cache_salt: str | None = None
+    lora_name: str | None = None
+    priority: int = 0
+    relay: bool = False
+    """The prefill worker may sample the first token: what follows stays what it would be."""
+    generated: int = 0
+    """Tokens at the prompt's end that the client has already."""
+    name: str = ""
+    """What the client calls the request; for `explain`, several asks may share it."""
