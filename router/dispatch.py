@@ -55,7 +55,9 @@ class _Live:
     wire_id: str = ""
     """Of this attempt's decode phase; its prefill phase has `PREFILL_SUFFIX` behind it."""
     relayed: int | None = None
-    """The first token, while the client has it from the prefill worker alone."""
+    """The first token, from the prefill worker, while it is all that the client has."""
+    repeated: bool = False
+    """The decode worker has said it too."""
     prompt_extras: bytes | None = None
     cached_tokens: int | None = None
     """Of the prefill worker: what its cache saved this request."""
@@ -181,7 +183,7 @@ class Dispatch:
                 live.prompt_extras = delta.extras
                 live.cached_tokens = delta.cached_tokens
                 if delta.token_ids:
-                    live.relayed = delta.token_ids[0]
+                    live.relayed, live.repeated = delta.token_ids[0], False
                     done = finish is Finish.PREFILLED
                     told = msgspec.structs.replace(
                         delta, finish=None if done else finish, extras=None
@@ -198,13 +200,16 @@ class Dispatch:
     def _on_tokens(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
         now, ended = live.progress_at, delta.finish is not None
         if live.relayed is not None and delta.token_ids:
-            if delta.token_ids[0] != live.relayed:
+            new = delta.token_ids if live.repeated else delta.token_ids[1:]
+            if not live.repeated and delta.token_ids[0] != live.relayed:
                 # It computed the prompt itself, after all, and fell on another token.
                 reason = f"{worker_id} did not go on from the first token"
                 self._advance(live, life.Failed(worker_id, reason, elsewhere=True), now)
                 return
-            live.relayed = None
-            delta = msgspec.structs.replace(delta, token_ids=delta.token_ids[1:])
+            live.repeated = True
+            if new:
+                live.relayed = None
+            delta = msgspec.structs.replace(delta, token_ids=new)
         self._gather(live, worker_id, delta, step)
         self._advance(live, life.Tokens(len(delta.token_ids), ended), now)
 
@@ -272,7 +277,7 @@ class Dispatch:
             max_tokens=ask.max_tokens - 1,
             generated=ask.generated + 1,
         )
-        live.relayed = None
+        live.relayed, live.repeated = None, False
 
     def _place(self, live: _Live, effect: life.Place, now: float) -> None:
         ask = live.ask
