@@ -14,12 +14,11 @@ from tests.integration.asking import LEASE_S, MODEL
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+FLAGS = ["--max-model-len", "2048", "--dtype", "float32", "--enforce-eager"]
 # Chunks smaller than the longer prompts, so that these are handed off in pieces.
-FLAGS = [
-    "--max-model-len", "2048", "--dtype", "float32", "--enforce-eager",
-    "--max-num-batched-tokens", "256",
+OURS = [
+    "--max-num-batched-tokens", "256", "--kv-checksums", "full", "--lease-s", f"{LEASE_S:g}",
 ]  # fmt: skip
-OURS = ["--kv-checksums", "full", "--lease-s", f"{LEASE_S:g}"]
 FRONT_FLAGS = [
     "--tool-call-parser", "hermes", "--enable-auto-tool-choice", "--enable-prompt-tokens-details",
 ]  # fmt: skip

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from deploy.local.group import LocalGroup
-from tests.integration.asking import MODEL, await_free, complete, metrics
-from tests.integration.conftest import FLAGS
+from tests.integration.asking import LEASE_S, MODEL, await_free, complete, metrics
+from tests.integration.conftest import FLAGS, OURS
 from tests.integration.test_handoff_transports import body_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
 
-LEASE_S, ANSWER_S, READ_S = 8.0, 2.0, 4.0
+ANSWER_S, READ_S = 2.0, 4.0
 LONG = 1200
 ERRORS = {"no_workers", "worker_lost", "worker_failed"}
 
@@ -33,8 +33,7 @@ ERRORS = {"no_workers", "worker_lost", "worker_failed"}
 def frail() -> Iterator[LocalGroup]:
     """Short patience, so that faults show in seconds."""
     flags = [
-        *FLAGS, "--kv-checksums", "full", "--lease-s", f"{LEASE_S:g}",
-        "--kv-answer-s", f"{ANSWER_S:g}", "--kv-read-s", f"{READ_S:g}",
+        *FLAGS, *OURS, "--kv-answer-s", f"{ANSWER_S:g}", "--kv-read-s", f"{READ_S:g}",
     ]  # fmt: skip
     with LocalGroup(MODEL, flags=flags) as running:
         yield running

@@ -10,7 +10,7 @@ import pytest
 
 from deploy.local.group import LocalGroup
 from tests.integration.asking import MODEL, await_free, complete
-from tests.integration.conftest import FLAGS
+from tests.integration.conftest import FLAGS, OURS
 from tests.integration.test_serving import LENGTHS
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
 @pytest.fixture(scope="module", params=["tcp", "collective"])
 def over(request: pytest.FixtureRequest) -> Iterator[tuple[str, LocalGroup]]:
     """`ucx` has the session's own group, and `test_serving` this very suite."""
-    flags = [*FLAGS, "--kv-transports", request.param, "--kv-checksums", "full"]
+    flags = [*FLAGS, *OURS, "--kv-transports", request.param]
     with LocalGroup(MODEL, flags=flags) as running:
         yield request.param, running
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
 
+    from vllm import AsyncEngineArgs
     from vllm.config import KVTransferConfig, VllmConfig
 
     from workers.server import Identity
@@ -32,7 +33,24 @@ def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) 
         engine_args.kv_transfer_config = _transfer(args, identity)
     elif args.role != "mixed":
         parser.error("--kv-connector none: only a mixed worker can do without a handoff")
+    if args.role != "prefill":
+        _whole_prompts_on_cpu(engine_args)
     return engine_args.create_engine_config()
+
+
+def _whole_prompts_on_cpu(engine_args: AsyncEngineArgs) -> None:
+    """On a CPU, compute each prompt in one step wherever a seed may come with it.
+
+    vLLM 0.32 rewinds a seeded request's generator after each step that ends inside its prompt, and
+    PyTorch's CPU generators can't be: the engine dies. Prefill workers sample without seeds.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    length = engine_args.create_model_config().max_model_len
+    engine_args.enable_chunked_prefill = False
+    engine_args.max_num_batched_tokens = max(engine_args.max_num_batched_tokens or 0, length)
 
 
 def _transfer(args: argparse.Namespace, identity: Identity) -> KVTransferConfig:
