@@ -109,7 +109,7 @@ def test_a_request_of_better_priority_is_prefilled_before_worse_ones_that_wait(
 ) -> None:
     with ThreadPoolExecutor(8) as pool:
         queue = Queue(group, pool)
-        for number in range(5):
+        for number in range(4):
             queue.send(f"worse-{number}", tokens=1000, priority=10)
         queue.send("as-bad", tokens=100, priority=10)
         queue.send("better", tokens=100, priority=-10)
