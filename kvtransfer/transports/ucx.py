@@ -233,7 +233,11 @@ class UcxPeer:
     def _start(self, ours: Any, local: Units, theirs: Any, remote: Units) -> _Read:
         read = _Read(None, Progress.PENDING)
         read.nixl = self._agent.make_prepped_xfer(
-            "READ", ours, local.astype(np.int32), theirs, remote.astype(np.int32)
+            "READ",
+            ours,
+            np.ascontiguousarray(local, np.int32),
+            theirs,
+            np.ascontiguousarray(remote, np.int32),
         )
         self._reads.add(read)
         self._agent.transfer(read.nixl)

@@ -60,7 +60,9 @@ class Views:
 
 def check_range(numbers: Numbers, units: int, whose: str) -> None:
     """Raises `TransferError` for a number that is none of `whose` units."""
-    if len(numbers) and (int(numbers.min()) < 0 or int(numbers.max()) >= units):
+    # Seen without its sign, a negative number is a large one: one look instead of two.
+    unsigned = numbers.view(np.uint32 if numbers.dtype.itemsize == 4 else np.uint64)
+    if len(numbers) and unsigned.max() >= units:
         raise TransferError(f"a unit is out of range: {whose} has {units}")
 
 

@@ -25,6 +25,7 @@ SUBJECTS = {
     "tcp": Subject("tcp:TcpTransport"),
     "tcp-4-streams": Subject("tcp:TcpTransport", {"streams": 4}),
     "ucx": Subject("ucx:UcxTransport", stalls=False),
+    "collective": Subject("collective:CollectiveTransport"),
     "ucx-over-tcp": Subject("ucx:UcxTransport", {"tls": "tcp", "reaches": True}),
 }
 STALLING = [name for name, subject in SUBJECTS.items() if subject.stalls]
