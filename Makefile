@@ -74,7 +74,7 @@ loadtest: model  ## chats for a minute against `tandem up`, with a report in rep
 	@$(BIN)/python -m loadtests.local --model $(MODEL) --users $(USERS) --duration-s $(DURATION_S)
 
 .PHONY: check
-check: setup  ## ruff, formatting, mypy --strict, import arrows, house rules
+check: setup  ## ruff, formatting, mypy --strict, import arrows, hadolint, house rules
 	@BIN=$(BIN) .ci/check
 
 .PHONY: lock
