@@ -1,9 +1,11 @@
 # One image for every role: `tandem router`, `tandem worker`, … docs/image.md says how to build and
 # run it, and what of it was checked.
-ARG PYTHON=3.11
 ARG ACCELERATOR=cpu
+# Python 3.11 to 3.13 on Debian; name one by its digest where builds must repeat.
+ARG BASE=python:3.11-slim-bookworm
 
-FROM python:${PYTHON}-slim-bookworm AS base
+# hadolint ignore=DL3006
+FROM ${BASE} AS base
 
 # ---- the pinned packages: all wheels, so that nothing is compiled here
 
