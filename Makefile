@@ -34,8 +34,8 @@ $(BIN)/python:
 	if [ -z "$$python" ]; then \
 	    echo "Tandem needs Python 3.11, 3.12 or 3.13 with the venv module; none was found." >&2; \
 	    exit 1; fi; \
-	if ! command -v cc gcc clang >/dev/null; then \
-	    echo "Tandem needs a C compiler (cc, gcc or clang): vLLM compiles kernels." >&2; \
+	if ! command -v "$${CXX:-g++}" >/dev/null; then \
+	    echo "Tandem needs g++ (or CXX to name another): vLLM compiles kernels." >&2; \
 	    exit 1; fi; \
 	echo "setup: $(VENV) with $$($$python --version)"; \
 	$$python -m venv $(VENV)
@@ -80,7 +80,7 @@ loadtest: model  ## chats for a minute against `tandem up`, with a report in rep
 	@$(BIN)/python -m loadtests.local --model $(MODEL) --users $(USERS) --duration-s $(DURATION_S)
 
 .PHONY: check
-check: setup  ## ruff, formatting, mypy --strict, import arrows, house rules
+check: setup  ## ruff, formatting, mypy --strict, import arrows, hadolint, house rules
 	@BIN=$(BIN) .ci/check
 
 .PHONY: lock

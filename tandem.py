@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +19,10 @@ _COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status; 2 for a command that does not exist."""
+    if os.getpid() == 1:
+        # In a container. Linux gives its first process no signal that it has no handler for, and
+        # those of the commands stand only when vLLM has been imported.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     args = sys.argv[1:] if argv is None else argv
     if not args:
         print(_usage(), file=sys.stderr)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs the pinned packages into a Python environment: install.sh PYTHON [runtime|dev]
+# Installs the pinned packages into a Python environment: install.sh PYTHON [runtime|dev|gpu]
 # Nothing is resolved (README.md here says why); hashes are checked for all but PyTorch.
 set -eu
 python=$1
@@ -13,6 +13,11 @@ pip() {
     "$python" -m pip --disable-pip-version-check --no-input "$@"
 }
 
+if [ "$what" = gpu ]; then
+    # vLLM's own build and the CUDA that it names; PyTorch's CUDA build needs no index of its own.
+    pip install -qq --no-deps --require-hashes -r "$here/gpu.lock"
+    exit
+fi
 if ! "$python" -c "
 from importlib.metadata import version
 raise SystemExit(version('torch') != '${torch#torch==}')" 2>/dev/null; then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -57,6 +58,8 @@ def main(argv: list[str]) -> int:
         print(f"tandem router: {error}", file=sys.stderr)
         return 1
     # A bad flag should be told of in a moment: what takes seconds comes after.
+    # vLLM's GPU build refuses to start where there is no GPU, and the router needs none.
+    os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
     from router.front import front_args
 
     if not any(f.startswith("--served-model-name") for f in flags):

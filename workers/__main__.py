@@ -138,6 +138,11 @@ async def _until_stopped(
     stop: asyncio.Event, worker: Worker, drain_s: float, running: list[asyncio.Task[None]]
 ) -> None:
     await stop.wait()
+    if worker.loading:
+        # The load runs in a thread that nothing can end. Our guard ends the engine's processes.
+        log.info("stopped while loading")
+        logging.shutdown()
+        os._exit(0)
     if worker.ready is None:
         stop.clear()
         drain = asyncio.ensure_future(worker.drain(drain_s))

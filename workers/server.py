@@ -90,6 +90,10 @@ class Worker:
         return None if self._hello else "the engine is loading"
 
     @property
+    def loading(self) -> bool:
+        return self._hello is None
+
+    @property
     def live(self) -> str | None:
         """Why it should be replaced; None when it is well."""
         stalled = time.monotonic() - self._stepped_at
