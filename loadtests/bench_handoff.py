@@ -82,11 +82,11 @@ class _Client:
     async def complete(self, url: str, tokens: int) -> tuple[Stream, dict[str, Any]]:
         """The stream as it came, and the router's record of it (empty of vLLM's own server)."""
         self._count += 1
-        name = f"handoff-{self._count}"
+        name = f"cmpl-handoff-{self._count}"  # As the front will call it.
         body = {
             "model": self._model, "temperature": 0, "ignore_eos": True,
             "prompt": [self._random.randrange(1000, 40_000) for _ in range(tokens)],
-            "max_tokens": OUTPUT_TOKENS, "request_id": name,
+            "max_tokens": OUTPUT_TOKENS, "request_id": name.removeprefix("cmpl-"),
         }  # fmt: skip
         done = await stream(self._session, f"{url}/v1/completions", body)
         async with httpx.AsyncClient() as http:
