@@ -186,7 +186,8 @@ class Worker:
                 )
                 self._send(router, Refused(reason))
                 return
-        self._routers.setdefault(router, _Router(hello.router_id, self._clock()))
+        now = self._clock()
+        self._routers.setdefault(router, _Router(hello.router_id, now)).heard_at = now
         self._send(router, self._hello)
         self._send(router, Batch(self.load))
 
