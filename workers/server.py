@@ -158,7 +158,10 @@ class Worker:
             return
         known = self._routers.get(router)
         if known is None:
-            return  # It never said hello, or was given up: it will say hello again.
+            # It was given up while it could not speak, and does not know: what it sends would
+            # vanish until it finds the silence suspicious.
+            self._send(router, Refused(f"worker {self._identity.worker_id}: say hello first"))
+            return
         known.heard_at = self._clock()
         match message:
             case Generate():
