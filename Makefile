@@ -65,6 +65,11 @@ serve: model  ## router, prefill and decode on this machine, until Ctrl-C
 test: model  ## every test, real engines included, in tiers (TIERS="unit contract" for some)
 	@BIN=$(BIN) .ci/test $(TIERS)
 
+.PHONY: sim
+sim: setup  ## the whole fleet simulated: SEEDS (1000) runs from SEED (0) on; SEED alone is one run
+	@SEED=$(or $(SEED),0) SEEDS=$(or $(SEEDS),$(if $(SEED),1,1000)) \
+	    $(BIN)/python -m pytest tests/simulation/test_seeds.py -k 'every_request_ends' --maxfail 3
+
 .PHONY: bench
 bench: model  ## the router beside vLLM's bare front, disaggregated beside aggregated: tables
 	@$(BIN)/python -m loadtests.bench --model $(MODEL) --json reports/bench.json

@@ -156,7 +156,10 @@ class Link:
             case WorkerHello():
                 self._welcome(message)
             case Refused(reason):
-                self._refuse(reason)
+                if self.worker_id is not None:
+                    self.lost(f"it no longer knows us: {reason}")
+                else:
+                    self._refuse(reason)
 
     def _welcome(self, hello: WorkerHello) -> None:
         if reason := refusal(self._links.facts, hello):

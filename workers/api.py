@@ -5,6 +5,8 @@ Every message is one frame of msgpack, a tagged array (see `encode` and `Decoder
 
 1. The router sends `RouterHello`. The worker answers `WorkerHello`, or `Refused` when they can't
    speak together; a refused router may try again later (the worker may have been replaced).
+   `Refused` answers anything else from a router that the worker does not know or has given up:
+   what it sent is lost, and it begins again.
 2. The router sends `Generate`, `Abort`, `Release` and, once a second, `Heartbeat`.
 3. The worker sends one `Batch` an engine step with the `Delta` of every request that this router
    has in that step and its `Load`. A worker with nothing to say sends an empty `Batch` every

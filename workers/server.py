@@ -29,6 +29,8 @@ from workers.api import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from workers.api import ToWorker
     from workers.channel import Channel
     from workers.engines.base import Engine, EngineFacts
@@ -58,23 +60,32 @@ class _Router:
     name: str
     heard_at: float
     told_at: float = 0.0
-    requests: set[str] = field(default_factory=set)
+    requests: dict[str, None] = field(default_factory=dict)
+    """Its requests here, oldest first: a set's order differs from process to process."""
 
 
 class Worker:
     """Between the channel and the engine. All on one event loop."""
 
-    def __init__(self, engine: Engine, identity: Identity, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        identity: Identity,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock`: seconds that only grow, at the pace of the event loop's own."""
         self._engine = engine
         self._identity = identity
         self._metrics = metrics
+        self._clock = clock
         self._channel: Channel | None = None
         self._hello: WorkerHello | None = None
         self._routers: dict[bytes, _Router] = {}
         self._owners: dict[str, bytes] = {}
         self._draining = False
         self._steps = 0
-        self._stepped_at = time.monotonic()
+        self._stepped_at = clock()
 
     def attach(self, channel: Channel) -> None:
         """Give the worker its way out. The two need each other, so this comes second."""
@@ -96,7 +107,7 @@ class Worker:
     @property
     def live(self) -> str | None:
         """Why it should be replaced; None when it is well."""
-        stalled = time.monotonic() - self._stepped_at
+        stalled = self._clock() - self._stepped_at
         if self._owners and stalled > STALL_S:
             return f"busy but not stepping for {stalled:.0f} s"
         return None
@@ -122,9 +133,9 @@ class Worker:
         What still runs then is handed back: its routers try it elsewhere.
         """
         self._draining = True
-        until = time.monotonic() + seconds
+        until = self._clock() + seconds
         # Polled: leases end in another process, which tells of it only by its steps.
-        while (self._owners or self.load.leases_open) and time.monotonic() < until:  # noqa: ASYNC110
+        while (self._owners or self.load.leases_open) and self._clock() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         left = list(self._owners)
         self._engine.abort(left)
@@ -151,8 +162,11 @@ class Worker:
             return
         known = self._routers.get(router)
         if known is None:
-            return  # It never said hello, or was given up: it will say hello again.
-        known.heard_at = time.monotonic()
+            # It was given up while it could not speak, and does not know: what it sends would
+            # vanish until it finds the silence suspicious.
+            self._send(router, Refused(f"worker {self._identity.worker_id}: say hello first"))
+            return
+        known.heard_at = self._clock()
         match message:
             case Generate():
                 self._generate(router, known, message)
@@ -179,7 +193,8 @@ class Worker:
                 )
                 self._send(router, Refused(reason))
                 return
-        self._routers.setdefault(router, _Router(hello.router_id, time.monotonic()))
+        now = self._clock()
+        self._routers.setdefault(router, _Router(hello.router_id, now)).heard_at = now
         self._send(router, self._hello)
         self._send(router, Batch(self.load))
 
@@ -197,21 +212,21 @@ class Worker:
             self._send(router, Batch(self.load, [delta]))
             return
         self._owners[request_id] = router
-        known.requests.add(request_id)
+        known.requests[request_id] = None
         self._metrics.accepted(generate.phase)
         self._engine.submit(generate)
 
     def _drop(self, router: _Router, request_ids: list[str]) -> None:
         for request_id in request_ids:
             self._owners.pop(request_id, None)
-            router.requests.discard(request_id)
+            router.requests.pop(request_id, None)
         self._engine.abort(request_ids)
 
     # ------------------------------------------------------------ to routers
 
     def _on_step(self, load: Load, deltas: list[Delta]) -> None:
         if load.steps != self._steps:
-            self._steps, self._stepped_at = load.steps, time.monotonic()
+            self._steps, self._stepped_at = load.steps, self._clock()
         by_router: dict[bytes, list[Delta]] = {}
         for delta in deltas:
             owner = self._owners.get(delta.request_id)
@@ -220,7 +235,7 @@ class Worker:
             by_router.setdefault(owner, []).append(delta)
             if delta.finish is not None:
                 del self._owners[delta.request_id]
-                self._routers[owner].requests.discard(delta.request_id)
+                del self._routers[owner].requests[delta.request_id]
         self._metrics.stepped(deltas)
         if by_router:
             load = msgspec.structs.replace(load, draining=self._draining)
@@ -231,7 +246,7 @@ class Worker:
         assert self._channel is not None
         sent = self._channel.send(router, message)
         if known := self._routers.get(router):
-            known.told_at = time.monotonic()
+            known.told_at = self._clock()
             if not sent:
                 self._forget(router, "takes no more messages")
 
@@ -243,7 +258,7 @@ class Worker:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(LOAD_INTERVAL_S / 2)
-            now = time.monotonic()
+            now = self._clock()
             if not self._owners:
                 self._stepped_at = now
             for router, known in list(self._routers.items()):

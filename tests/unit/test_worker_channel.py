@@ -183,6 +183,7 @@ def test_a_stranger_is_refused_and_both_sides_are_named(
             for part in ("r1", "w1", theirs, ours):
                 assert part in answer.reason
             await peer.say(generate("r"))
+            assert isinstance(await peer.hear(), Refused), "what it sends is lost, and it knows"
             await peer.say(HELLO)
             assert isinstance(await peer.hear(), WorkerHello), "it may come back as another"
             assert not (await peer.until(lambda b: True)).load.busy, "and nothing was taken on"

@@ -160,6 +160,21 @@ def test_preempted_requests_still_say_what_they_would_alone() -> None:
     assert bench.free("d") == (12, 0)
 
 
+def test_a_full_memory_preempts_nobody_whose_kv_is_still_arriving() -> None:
+    slow = SimSettings(blocks_total=12, block_tokens=4, pull_bytes_per_s=1e6, lease_s=60.0)
+    bench = Bench(slow)
+    ticket = bench.prefill(PROMPT)
+    bench.engines["d"].submit(Generate("old", Phase.BOTH, [7] * 31, 12, b""))
+    deltas = bench.step("d")
+    bench.engines["d"].submit(Generate("r", Phase.DECODE, PROMPT, 1, b"", ticket))
+    deltas += bench.finish_all("d")
+    assert [d.kv_failed for d in deltas if d.request_id == "r"] == [None]
+    assert bench.free("p") == (12, 0), "its lease was released, not left to end"
+    assert tokens([d for d in deltas if d.request_id == "old"]) == tokens(
+        Bench(slow).decode([7] * 31, None, outputs=12)
+    )
+
+
 def test_what_can_never_fit_is_invalid() -> None:
     bench = Bench(SimSettings(blocks_total=4, block_tokens=4, max_model_len=400))
     (delta,) = bench.decode(PROMPT, None, outputs=20)

@@ -159,7 +159,6 @@ class SimModel:
     def abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             if run := self._live.pop(request_id, None):
-                self._give_up_pull(run)
                 self._running.pop(request_id, None)
                 self._free(run)
 
@@ -266,14 +265,15 @@ class SimModel:
             if self._pool.take((), more):
                 run.fresh += more
                 return True
-            victim = max(self._running.values(), key=lambda r: r.order)
+            # As in vLLM, one whose KV is still arriving is spared: its lease would be nobody's.
+            arrived = [r for r in self._running.values() if r.pull is None]
+            victim = max(arrived, key=lambda r: r.order)
             self._preempt(victim)
             if victim is run:
                 return False
         return True
 
     def _preempt(self, run: _Run) -> None:
-        self._give_up_pull(run)
         self._plan = [(r, n) for r, n in self._plan if r is not run]
         self._free(run)
         run.computed = 0
@@ -328,11 +328,6 @@ class SimModel:
                 run.pulled = run.length - run.computed, size, pull.seconds
                 run.computed = run.length - 1
                 self._publish(run)
-
-    def _give_up_pull(self, run: _Run) -> None:
-        if run.pull is not None:
-            run.pull = None
-            run.pull_error = "given up before it was over"
 
     def _keep(self, run: _Run, now: float) -> bytes:
         """Move the request's blocks under a lease; its ticket."""

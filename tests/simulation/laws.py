@@ -1,0 +1,190 @@
+"""What must hold when a run is over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from router.dispatch import Ask
+from tests.simulation.cluster import MENDS_S
+from tests.simulation.plan import Call, Departure
+from tests.simulation.violation import Violation
+from workers.api import LOAD_INTERVAL_S, Role
+from workers.channel import QUEUE_MAX
+
+if TYPE_CHECKING:
+    from router.journal import Record
+    from tests.simulation.clients import Request
+    from tests.simulation.cluster import Cluster
+    from tests.simulation.hosts import RouterHost
+
+LOST_S = 220.0
+"""Of a hung engine a router is sure after a minute, three times in a row; the rest is work."""
+ATTEMPTS = 3
+"""As docs/architecture.md has it."""
+RELEASED_S = 2.0
+"""Without faults, nothing is kept for longer than messages and a pull take."""
+
+_OUTCOMES = {
+    "finished": "finished", "enough": "finished", "cancelled": "cancelled", "failed": "failed",
+}  # fmt: skip
+
+
+async def conclude(cluster: Cluster) -> None:
+    """Run it out, then check. Raises `Violation`."""
+    await cluster.until(cluster.plan.calls[-1].at + 0.001)
+    await every_request_ends(cluster)
+    await cluster.until(cluster.plan.quiet_at + 0.001)
+    await every_request_ends(cluster)
+    await every_worker_is_known_again(cluster)
+    await every_worker_is_used_again(cluster)
+    for router in cluster.routers.values():
+        for request in router.clients.requests.values():
+            an_end_has_its_reason(cluster, router, request)
+    await nothing_is_kept(cluster)
+
+
+async def every_request_ends(cluster: Cluster) -> None:
+    """Within its time; whatever lasts longer was not noticed."""
+    while waiting := [r for h in cluster.live_routers for r in _open(h)]:
+        now = cluster.loop.time()
+        if lost := [r.id for r in waiting if now > r.asked_at + LOST_S]:
+            raise Violation(f"lost: {lost}")
+        await cluster.until(now + 1.0)
+
+
+def _open(router: RouterHost) -> list[Request]:
+    return [r for r in router.clients.requests.values() if r.ended is None]
+
+
+async def every_worker_is_known_again(cluster: Cluster) -> None:
+    until = cluster.plan.quiet_at + MENDS_S
+    await cluster.until(min(until, cluster.loop.time() + 2.0))
+    while True:
+        lives = {h.name: h.life.epoch for h in cluster.live_workers if h.life}
+        known = {
+            r.name: {v.id: v.hello.epoch for v in r.dispatch.fleet if not v.load.draining}
+            for r in cluster.live_routers
+        }
+        if all(k == lives for k in known.values()):
+            return
+        if cluster.loop.time() >= until:
+            raise Violation(f"there are {lives}, the routers know {known}")
+        await cluster.until(cluster.loop.time() + 0.5)
+
+
+async def every_worker_is_used_again(cluster: Cluster) -> None:
+    roles = [h.plan.role for h in cluster.live_workers]
+    if not set(roles) & {Role.DECODE, Role.MIXED}:
+        return
+    for router in cluster.live_routers:
+        await cluster.until(
+            cluster.loop.time() + 2 * LOAD_INTERVAL_S
+        )  # What others placed is told.
+        asks = [Ask(f"{router.name}-probe-{n}", [7 + n] * 60, 8) for n in range(2 * len(roles))]
+        now = cluster.loop.time()
+        for ask in asks:
+            router.ask(Call(now, router.name, ask, Departure()))
+        await every_request_ends(cluster)
+        used: set[str | None] = set()
+        for ask in asks:
+            request = router.clients.requests[ask.request_id]
+            if request.ended != "finished":
+                raise Violation(f"with all faults over, {request.id} {request.ended}")
+            record = _record(router, request)
+            assert record is not None
+            used |= {record.prefill_worker, record.decode_worker}
+        if idle := {h.name for h in cluster.live_workers} - used:
+            raise Violation(f"{router.name} no longer uses {idle}")
+
+
+def an_end_has_its_reason(cluster: Cluster, router: RouterHost, request: Request) -> None:
+    """Counted as it ended; and nothing fails but what is wrong in itself or was hit by a fault."""
+    cluster.counts[f"ended {request.ended}"] += 1
+    record = _record(router, request)
+    if request.ended == "router died":
+        return
+    if request.ended == "refused":
+        assert request.error is not None
+        if record is not None or request.id in router.worked_for:
+            raise Violation(f"{request.id} was refused and yet begun: {record}")
+        _excused(cluster, request, request.error.code, set())
+        return
+    if record is None:
+        raise Violation(f"{request.id} has no record")
+    if cluster.plan.calm and (record.attempts > 1 or record.kv_failed):
+        raise Violation(f"without a fault, {request.id} did not go as it should: {record}")
+    cluster.counts["handed off"] += bool(record.kv_tokens)
+    cluster.counts["pull failed"] += record.kv_failed is not None
+    cluster.counts["tried again"] += record.attempts > 1
+    if record.prefill_worker is not None and record.prefill_worker == record.decode_worker:
+        raise Violation(f"{request.id} was handed off to where it was: {record}")
+    if record.outcome != _OUTCOMES[str(request.ended)]:
+        raise Violation(f"{request.id} {request.ended}, the journal says {record.outcome}")
+    if record.output_tokens != len(request.got):
+        raise Violation(f"{request.id} got {len(request.got)} tokens, {record}")
+    if request.ended == "finished" and not request.expected:
+        raise Violation(f"{request.id} was served, alone an engine refuses it")
+    if request.ended == "failed":
+        assert request.error is not None
+        cluster.counts[f"failed {request.error.code}"] += 1
+        where = {record.prefill_worker or "", record.decode_worker or ""}
+        _excused(cluster, request, request.error.code, where)
+        if request.error.code in ("worker_lost", "worker_failed") and not request.got:
+            if record.attempts < ATTEMPTS:
+                raise Violation(f"{request.id} was given up after {record.attempts} attempts")
+            _nobody_else_could(cluster, request)
+
+
+def _excused(cluster: Cluster, request: Request, code: str, where: set[str]) -> None:
+    router = {request.call.router}
+    touched = cluster.trouble.touched
+    match code:
+        case "invalid_request":
+            excused = not request.expected
+        case "worker_lost" | "worker_failed":
+            excused = touched(where | router, request.asked_at, request.ended_at)
+        case "no_workers":
+            # Everybody who could have decoded it, as this router knew.
+            able = [w.worker_id for w in cluster.plan.workers if w.role is not Role.PREFILL]
+            excused = all(touched({w} | router, request.asked_at, request.ended_at) for w in able)
+        case _:
+            excused = False
+    if not excused:
+        raise Violation(f"{request.id} ended for no reason: {request.error!r}")
+
+
+def _nobody_else_could(cluster: Cluster, request: Request) -> None:
+    """With one worker in trouble, the second try goes where there is none."""
+    since, until = request.asked_at, request.ended_at
+    if cluster.trouble.touched({request.call.router}, since, until):
+        return
+    workers = cluster.plan.workers
+    well = [w for w in workers if not cluster.trouble.touched({w.worker_id}, since, until)]
+    able = any(w.role is not Role.PREFILL for w in well)
+    if len(well) == len(workers) - 1 and able:
+        raise Violation(f"{request.id} failed three times, and {well} are well: {request.error}")
+
+
+async def nothing_is_kept(cluster: Cluster) -> None:
+    plan = cluster.plan
+    await cluster.until(cluster.loop.time() + (RELEASED_S if plan.calm else plan.lease_s + 0.5))
+    for host in cluster.live_workers:
+        assert host.life is not None
+        load = host.life.worker.load
+        held = load.blocks_total - load.blocks_free
+        if held or load.leases_open or load.busy or load.prefill_tokens_queued:
+            raise Violation(f"{host.name} still holds {held} blocks: {load}")
+    for router in cluster.live_routers:
+        # The second is nobody's business but the router's memory's.
+        if len(router.dispatch) or router.dispatch._by_wire:
+            raise Violation(f"{router.name} still holds {router.dispatch._by_wire}")
+        for view in router.dispatch.fleet:
+            if view.streams or view.prefill_tokens_placed:
+                raise Violation(f"{router.name} still counts on {view.id}: {view}")
+    if cluster.network.queued_max > QUEUE_MAX / 10:
+        raise Violation(f"a queue grew to {cluster.network.queued_max} messages")
+
+
+def _record(router: RouterHost, request: Request) -> Record | None:
+    found = [r for r in router.dispatch.journal.find(request.id) if r.request_id == request.id]
+    return found[0] if found else None

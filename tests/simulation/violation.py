@@ -1,0 +1,5 @@
+"""What a broken law raises."""
+
+
+class Violation(AssertionError):
+    """A law was broken."""
