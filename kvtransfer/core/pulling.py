@@ -132,7 +132,8 @@ class Pull:
         """The answer to the question asked at `asked_at`: it is there, and not about to go."""
         assert self.wanted is not None
         self.asked_at = None
-        self._beat_at = now + self.timeouts.beat_s
+        # A lease is renewed well before it ends, however short the sender keeps it.
+        self._beat_at = now + min(self.timeouts.beat_s, self.wanted.lease_s / 3)
         self._vouched_until = max(self._vouched_until, asked_at + self.wanted.lease_s)
         return self._settle(now)
 

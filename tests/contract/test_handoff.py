@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvtransfer.receiver import Timeouts
 from tests.contract.handoff_rig import LEASE_S, Cut, Prompt, World
 
 if TYPE_CHECKING:
@@ -178,4 +179,17 @@ def test_one_receiver_pulls_a_handle_once_at_a_time(world: World) -> None:
     receiver.ask("follow", prompt, sender.ask("address"), "again")
     assert "is being pulled" in receiver.ask("outcome", "again").pulled.error
     sender.ask("send", prompt)
+    well(receiver.ask("outcome", "h"))
+
+
+@only("memory")
+def test_a_lease_shorter_than_the_beat_outlives_a_slow_read(world: World) -> None:
+    sender = world.sender(lease_s=0.6)
+    receiver = world.receiver(timeouts=Timeouts(answer_s=1, read_s=10, beat_s=60))
+    receiver.ask("hold")
+    sender.ask("send", Prompt("h", tokens=40))
+    receiver.ask("follow", Prompt("h", tokens=40), sender.ask("address"))
+    receiver.ask("await_reading")
+    assert not sender.ask("await_ended", ["h"], 1.5), "it is read"
+    receiver.ask("go_on")
     well(receiver.ask("outcome", "h"))
