@@ -148,6 +148,8 @@ class Book:
                 reason = f"the sender already has {FOLLOWED_MAX} handles"
                 return [(follower, Gone(message.seq, message.handle, reason))]
             handoff = self._live[message.handle] = _Handoff(until=now + self._lease_s)
+        if reason := self._taken(handoff, follower, message.rank):
+            return [(follower, Gone(message.seq, message.handle, reason))]
         handoff.ranks = max(1, message.ranks)
         handoff.followers[message.rank] = follower
         self._renew(handoff, now)
@@ -201,6 +203,14 @@ class Book:
         # One that is awaited keeps its first deadline: asking does not bring the prompt nearer.
         if handoff.manifest is not None:
             handoff.until = now + self._lease_s
+
+    def _taken(self, handoff: _Handoff, follower: bytes, rank: int) -> str | None:
+        """Why it may not follow. Two of one rank would free the blocks under each other."""
+        if rank in handoff.released:
+            return "released"
+        if handoff.followers.get(rank, follower) != follower:
+            return f"another receiver follows it as rank {rank}"
+        return None
 
     def _unknown(self, epoch: str, handle: str) -> str | None:
         if epoch != self._epoch:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvtransfer.checksums import Mode
 from kvtransfer.receiver import Timeouts
 from tests.contract.handoff_rig import LEASE_S, Cut, Prompt, World
 
@@ -193,3 +194,22 @@ def test_a_lease_shorter_than_the_beat_outlives_a_slow_read(world: World) -> Non
     assert not sender.ask("await_ended", ["h"], 1.5), "it is read"
     receiver.ask("go_on")
     well(receiver.ask("outcome", "h"))
+
+
+@only("memory")
+def test_a_second_follower_of_a_handle_is_refused_and_frees_nothing_under_the_first(
+    world: World,
+) -> None:
+    sender = world.sender(mode=Mode.OFF)
+    first, second = world.receiver(), world.receiver()
+    prompt = Prompt("h", tokens=40)
+    first.ask("hold")
+    sender.ask("send", prompt)
+    first.ask("follow", prompt, sender.ask("address"))
+    first.ask("await_reading")
+    second.ask("follow", prompt, sender.ask("address"))
+    outcome = second.ask("outcome", "h")
+    sender.ask("ended")  # What is freed is overwritten.
+    first.ask("go_on")
+    well(first.ask("outcome", "h"))
+    assert "another receiver" in outcome.pulled.error
