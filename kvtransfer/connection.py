@@ -81,7 +81,10 @@ class Broken(Exception):
 
 
 class Connection:
-    """Belongs to the receiver's thread. `Broken` out of any method means: drop it."""
+    """Belongs to the receiver's thread. `Broken` out of any method means: drop it.
+
+    Out of the constructor, that there is nothing to drop.
+    """
 
     def __init__(
         self, context: zmq.Context[Any], order: Order, mine: Mine, timeouts: Timeouts
@@ -90,7 +93,11 @@ class Connection:
         self._mine, self._timeouts = mine, timeouts
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
-        self._socket.connect(order.endpoint)
+        try:
+            self._socket.connect(order.endpoint)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            raise Broken(f"no address of a sender: {order.endpoint!r}: {error}") from None
         self._seq = 0
         self._questions: dict[int, tuple[str, float]] = {}
         """Asked and not answered: whose (handle), when."""

@@ -117,8 +117,13 @@ class Receiver:
                     self._guarded(connection, partial(connection.cancel, handle, now))
                     self._report(connection)
                 continue
+            try:
+                connection = self._connection(command)
+            except Broken as broken:
+                self._ended.append(Pulled(command.request_id, str(broken)))
+                self._news.set()
+                continue
             self._handles[command.request_id] = (command.endpoint, command.handle)
-            connection = self._connection(command)
             self._guarded(connection, partial(connection.start, command, now))
             self._report(connection)
 

@@ -213,3 +213,14 @@ def test_a_second_follower_of_a_handle_is_refused_and_frees_nothing_under_the_fi
     first.ask("go_on")
     well(first.ask("outcome", "h"))
     assert "another receiver" in outcome.pulled.error
+
+
+@only("memory")
+def test_an_address_that_is_none_fails_its_pull_and_no_other(world: World) -> None:
+    sender, receiver = world.sender(), world.receiver()
+    for i, endpoint in enumerate(("", "nonsense", "tcp://127.0.0.1:port", "tcp://127.0.0.1:0")):
+        receiver.ask("follow", Prompt(f"h{i}", tokens=8), (endpoint, "first"))
+        assert receiver.ask("outcome", f"h{i}").pulled.error
+    sender.ask("send", Prompt("h", tokens=40))
+    receiver.ask("follow", Prompt("h", tokens=40), sender.ask("address"))
+    well(receiver.ask("outcome", "h"))
