@@ -194,7 +194,7 @@ class Sender:
                 return self._book.follow(of, message, now)
             if isinstance(message, Renew):
                 return self._book.renew(of, message, now)
-            self._book.release(message)
+            self._book.release(of, message)
         return []
 
     def _opened(self, message: Open) -> ToReceiver:

@@ -169,7 +169,7 @@ class Book:
         self._renew(handoff, now)
         return [(follower, Held(message.seq, message.handle))]
 
-    def release(self, message: Release) -> None:
+    def release(self, of: bytes, message: Release) -> None:
         """One receiver is done, or (rank None) nobody else will come. Again is harmless.
 
         Whoever follows may be reading, and trusts that the blocks stay until it says otherwise: a
@@ -177,6 +177,8 @@ class Book:
         """
         handoff = self._live.get(message.handle)
         if handoff is None or message.epoch != self._epoch:
+            return
+        if message.rank is not None and handoff.followers.get(message.rank, of) != of:
             return
         if message.rank is None:
             handoff.released.update(set(range(handoff.ranks)) - set(handoff.followers))

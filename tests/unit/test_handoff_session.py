@@ -277,7 +277,7 @@ class Handoffs(RuleBasedStateMachine):
                 case Renew():
                     self.say(self.book.renew(message.handle.encode(), message, self.now))
                 case Release():
-                    self.book.release(message)
+                    self.book.release(message.handle.encode(), message)
             self.free_ended()
             return
         prompt = self.prompts[to]
