@@ -116,6 +116,15 @@ class Connection:
         return len(self._by_handle)
 
     @property
+    def key(self) -> tuple[str, str]:
+        return self.endpoint, self.epoch
+
+    @property
+    def opened(self) -> bool:
+        """A sender of our epoch has answered."""
+        return self._opened is not None
+
+    @property
     def socket(self) -> zmq.Socket[bytes]:
         return self._socket
 

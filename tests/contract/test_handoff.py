@@ -224,3 +224,22 @@ def test_an_address_that_is_none_fails_its_pull_and_no_other(world: World) -> No
     sender.ask("send", Prompt("h", tokens=40))
     receiver.ask("follow", Prompt("h", tokens=40), sender.ask("address"))
     well(receiver.ask("outcome", "h"))
+
+
+@only("memory")
+def test_a_handle_of_another_epoch_is_refused_naming_both_and_disturbs_no_other(
+    world: World,
+) -> None:
+    sender, receiver = world.sender(), world.receiver()
+    endpoint, epoch = sender.ask("address")
+    receiver.ask("follow", Prompt("now", tokens=40), (endpoint, epoch))
+    sender.ask("arrive", Prompt("now", tokens=40))
+    sender.ask("compute", "now", 2)
+    receiver.ask("await_reading")
+    receiver.ask("follow", Prompt("old", tokens=40), (endpoint, "former"))
+    error = receiver.ask("outcome", "old").pulled.error
+    assert epoch in error
+    assert "former" in error
+    sender.ask("compute", "now", 9)
+    sender.ask("seal", "now")
+    well(receiver.ask("outcome", "now"))
