@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from xxhash import xxh3_64_intdigest
 
 from kvtransfer import checksums
@@ -405,8 +406,9 @@ class Near:
 class World:
     """Senders and receivers over one transport; all end with it."""
 
-    def __init__(self, transport: str) -> None:
-        self._name = transport
+    def __init__(self, transport: str, *, near: bool = False) -> None:
+        """`near`: both sides in this process, which `memory` always are."""
+        self.name, self._near = transport, near or transport == "memory"
         self._memory = MemoryTransport() if transport == "memory" else None
         self._sides: list[Near | Remote] = []
 
@@ -416,18 +418,30 @@ class World:
         return self._memory
 
     def sender(self, **settings: Any) -> Any:
-        sends = Sends((self._name,), **settings)
+        sends = Sends((self.name,), **settings)
         return self._keep(partial(Prefill, sends))
 
     def receiver(self, **settings: Any) -> Any:
-        receives = Receives((self._name,), **settings)
+        receives = Receives((self.name,), **settings)
         return self._keep(partial(Decode, receives))
 
     def _keep(self, make: Any) -> Near | Remote:
-        side = Near(make(self._memory)) if self._memory else Remote(make)
+        side = Near(make(self._memory)) if self._near else Remote(make)
         self._sides.append(side)
         return side
 
     def end(self) -> None:
         for side in reversed(self._sides):
             side.end()
+
+
+def only(*names: str) -> Any:
+    """These transports instead of all."""
+    return pytest.mark.parametrize("world", names, indirect=True)
+
+
+def well(outcome: Outcome) -> Pulled:
+    """It ended well, with the prompt's own KV."""
+    assert outcome.pulled.error is None, outcome.pulled.error
+    assert outcome.right
+    return outcome.pulled

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from kvtransfer.checksums import Mode
 from kvtransfer.receiver import Timeouts
-from tests.contract.handoff_rig import LEASE_S, Cut, Prompt, World
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-TRANSPORTS = ("memory", "tcp", "ucx", "collective")
-
-
-@pytest.fixture(params=TRANSPORTS)
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    made = World(request.param)
-    try:
-        yield made
-    finally:
-        made.end()
-
-
-def only(*names: str) -> Any:
-    return pytest.mark.parametrize("world", names, indirect=True)
-
-
-def well(outcome: Any) -> Any:
-    assert outcome.pulled.error is None, outcome.pulled.error
-    assert outcome.right
-    return outcome.pulled
+from tests.contract.handoff_rig import LEASE_S, Cut, Prompt, World, only, well
 
 
 def test_what_is_announced_is_read_before_the_seal_and_freed_at_once_after_it(
