@@ -117,6 +117,8 @@ class Pull:
     _next_read: int = 0
     _beat_at: float = 0.0
     _vouched_until: float = float("-inf")
+    _damage: str | None = None
+    """Of this generation. A preempted one's blocks are another's by now: only a seal tells."""
 
     # ------------------------------------------------------------ the sender speaks
 
@@ -184,8 +186,8 @@ class Pull:
         """A read to start now: its number and its strides; None when there is nothing to read."""
         if self.ended or self.error is not None or self.wanted is None:
             return None
-        if any(r.stale for r in self._reads.values()):
-            return None  # Their bytes would land on top of the new ones.
+        if self._damage is not None or any(r.stale for r in self._reads.values()):
+            return None  # Stale ones' bytes would land on top of the new ones.
         until = min(len(self.remote) * self.wanted.per_block, self.wanted.end)
         until = min(until, self._taken + strides_max)
         if until <= self._taken:
@@ -199,9 +201,8 @@ class Pull:
     def read_done(self, number: int, now: float, sums: Sequence[int] = ()) -> Effects:
         """A read is over. `sums`: of the sender's blocks in it, as they are here now."""
         read = self._reads.pop(number)
-        if not read.stale and (reason := self._damaged(read, sums)):
-            self.mismatched = True
-            return self.fail(reason, now)
+        if not read.stale:
+            self._damage = self._damage or self._damaged(read, sums)
         return self._settle(now)
 
     def _damaged(self, read: _Read, sums: Sequence[int]) -> str | None:
@@ -263,7 +264,7 @@ class Pull:
     def _begin(self, generation: int) -> None:
         assert self.wanted is not None
         self.generation = generation
-        self.remote, self.sums, self.sealed = [], [], None
+        self.remote, self.sums, self.sealed, self._damage = [], [], None, None
         self._taken = self.wanted.begin
         for read in self._reads.values():
             read.stale = True
@@ -282,7 +283,12 @@ class Pull:
         if self.error is not None:
             self.ended = True
             return [TellRelease(), End(self.error)]
-        if self.sealed is None or self.wanted is None or self._taken < self.wanted.end:
+        if self.sealed is None or self.wanted is None:
+            return []
+        if self._damage is not None:
+            self.mismatched = True
+            return self.fail(self._damage, now)
+        if self._taken < self.wanted.end:
             return []
         if now <= self._vouched_until:
             self.ended = True

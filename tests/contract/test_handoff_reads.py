@@ -80,6 +80,26 @@ def test_sampled_looks_at_the_layers_that_it_says(world: World) -> None:
 # ------------------------------------------------------------ preemption
 
 
+def test_what_a_preempted_prompt_is_computed_to_anew_is_what_arrives(world: World) -> None:
+    sender, receiver = world.sender(), world.receiver()
+    prompt = Prompt("h", tokens=75, cached=8)
+    receiver.ask("follow", prompt, sender.ask("address"))
+    sender.ask("arrive", prompt)
+    receiver.ask("hold")
+    sender.ask("compute", "h", 4)
+    receiver.ask("await_reading", 1)
+    sender.ask("preempt", "h")  # Freed, and overwritten, while it is read.
+    sender.ask("compute", "h", 3)
+    receiver.ask("go_on")
+    sender.ask("compute", "h", 3)
+    sender.ask("preempt", "h")
+    sender.ask("compute", "h", 9)
+    sender.ask("compute", "h", 9)
+    sender.ask("seal", "h")
+    well(receiver.ask("outcome", "h"))
+    assert receiver.ask("changed") == []
+
+
 @only("memory")
 def test_without_checksums_too_a_preempted_generation_is_never_used(world: World) -> None:
     sender, receiver = world.sender(mode=Mode.OFF), world.receiver()
