@@ -250,18 +250,23 @@ class Connection:
 
     # ------------------------------------------------------------ reading
 
-    def move(self, room: int) -> None:
-        """Start reads into `room` bytes, and see how those in flight stand."""
+    def land(self) -> None:
+        """See how reads in flight stand."""
         for running in list(self._by_handle.values()):
             self._land(running)
-            while room > 0 and (size := self._start_read(running, room)):
+
+    def read(self, room: int, *, alone: bool) -> None:
+        """Start reads into `room` bytes. `alone`: nothing is in flight, of no connection."""
+        if not self._stride_bytes:
+            return
+        if alone:  # A bound below one stride would be no bound but a standstill.
+            room = max(room, self._stride_bytes)
+        for running in list(self._by_handle.values()):
+            while room >= self._stride_bytes and (size := self._start_read(running, room)):
                 room -= size
 
     def _start_read(self, running: _Running, room: int) -> int:
         now = time.monotonic()
-        if not self._stride_bytes:
-            return 0
-        # One stride always fits: a bound below it would be no bound but a standstill.
         most = max(1, min(room, READ_BYTES_MAX) // self._stride_bytes)
         found = running.pull.next_read(most, now)
         if found is None:

@@ -92,7 +92,14 @@ class Receiver:
             for connection in list(self._connections.values()):
                 self._guarded(connection, connection.hear)
                 self._supersede(connection)
-                self._guarded(connection, partial(connection.move, self._room_left()))
+                self._guarded(connection, connection.land)
+            # All have landed: the room is known, and whoever waits for some sleeps for none.
+            for connection in list(self._connections.values()):
+                flying = sum(c.flying for c in self._connections.values())
+                self._guarded(
+                    connection,
+                    partial(connection.read, self._room - flying, alone=not flying),
+                )
                 self._guarded(connection, partial(connection.tick, now))
                 self._report(connection)
         for connection in list(self._connections.values()):
@@ -182,6 +189,3 @@ class Receiver:
         self._ended.extend(connection.ended)
         connection.ended.clear()
         self._news.set()
-
-    def _room_left(self) -> int:
-        return self._room - sum(c.flying for c in self._connections.values())

@@ -165,6 +165,37 @@ def wake(world: World, sender: Any) -> None:
         sender.wake()
 
 
+# ------------------------------------------------------------ bounds
+
+
+@only("memory", "tcp")
+def test_bytes_in_flight_never_exceed_the_bound_and_none_of_it_idles(world: World) -> None:
+    cut, bound = Cut(blocks=400), 20_000  # A block is 6,144 bytes.
+    sender = world.sender(cut=cut)
+    receiver = world.receiver(cut=cut, in_flight_bytes_max=bound)
+    prompts = [Prompt(f"h{i}", tokens=8 * 12) for i in range(12)]
+    for prompt in prompts:
+        sender.ask("send", prompt)
+    began = time.monotonic()
+    for prompt in prompts:
+        receiver.ask("follow", prompt, sender.ask("address"))
+    for prompt in prompts:
+        well(receiver.ask("outcome", prompt.handle))
+    assert bound // 2 < receiver.ask("bytes_at_once") <= bound
+    assert time.monotonic() - began < 2, "48 reads of 18 KB"
+
+
+@only("memory")
+def test_a_bound_below_one_block_is_no_standstill(world: World) -> None:
+    sender, receiver = world.sender(), world.receiver(in_flight_bytes_max=1)
+    for i in range(3):
+        sender.ask("send", Prompt(f"h{i}", tokens=40))
+        receiver.ask("follow", Prompt(f"h{i}", tokens=40), sender.ask("address"))
+    for i in range(3):
+        well(receiver.ask("outcome", f"h{i}"))
+    assert receiver.ask("bytes_at_once") == 6144, "one block at a time"
+
+
 # ------------------------------------------------------------ letting go
 
 MOMENTS = ("at once", "followed", "announced", "in mid-read", "sealed")
