@@ -154,7 +154,8 @@ class Receiver:
         An order does not tell: it may be a router's that has not heard of a restart yet.
         """
         former = self._open.get(connection.endpoint)
-        if not connection.opened or connection is former:
+        here = self._connections.get(connection.key) is connection
+        if not connection.opened or connection is former or not here:
             return
         self._open[connection.endpoint] = connection
         if former is not None:
