@@ -167,7 +167,10 @@ class Book:
             reason = reason or "no such handle"
             return [(follower, Gone(message.seq, message.handle, reason))]
         self._renew(handoff, now)
-        return [(follower, Held(message.seq, message.handle))]
+        answer: Messages = [(follower, Held(message.seq, message.handle))]
+        if handoff.manifest is not None:  # It may not know: what was sent once can be lost.
+            answer.append((follower, self._sealed(message.handle, handoff)))
+        return answer
 
     def release(self, of: bytes, message: Release) -> None:
         """One receiver is done, or (rank None) nobody else will come. Again is harmless.

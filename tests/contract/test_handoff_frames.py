@@ -1,0 +1,95 @@
+"""Control frames that are lost, repeated, reordered, cut, made up: content right, all freed."""
+
+from __future__ import annotations
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+
+from kvtransfer.checksums import Mode
+from kvtransfer.receiver import Timeouts
+from kvtransfer.transports.memory import MemoryTransport
+from tests.contract.bad_line import BadLine
+from tests.contract.handoff_rig import Cut, Decode, Prefill, Prompt, Receives, Sends
+
+TIMES = Timeouts(answer_s=0.4, read_s=0.6, beat_s=0.05)
+LEASE_S = 0.8
+PULLS = 4
+BOUND_S = 5.0
+"""For all pulls of a seed: several answers and leases one after the other."""
+SEEDS = 48
+AT_ONCE = 8
+
+
+@dataclass
+class Result:
+    well: int
+    errors: list[str]
+
+
+def run(seed: int) -> Result:
+    chance, transport = random.Random(seed), MemoryTransport()
+    prompts = [
+        Prompt(f"s{seed}h{i}", tokens=chance.randrange(1, 90), cached=8 * chance.randrange(2))
+        for i in range(PULLS)
+    ]
+    prompts = [p if p.cached < p.tokens else Prompt(p.handle, p.tokens) for p in prompts]
+    cut = Cut(blocks=120)
+    # Without checksums nothing but the protocol keeps wrong blocks out.
+    mode = chance.choice([Mode.OFF, Mode.FULL])
+    prefill = Prefill(Sends(("memory",), cut=cut, lease_s=LEASE_S, mode=mode), transport)
+    decode = Decode(Receives(("memory",), cut=cut, timeouts=TIMES), transport)
+    endpoint, epoch = prefill.address()
+    line = BadLine(endpoint, seed, [p.handle for p in prompts])
+    try:
+        kept = []
+        for prompt in prompts:
+            early = chance.random() < 0.5
+            if early:
+                decode.follow(prompt, (line.endpoint, epoch))
+                time.sleep(chance.choice([0, 0.005, 0.03]))
+            if compute(prefill, prompt, cut, chance):
+                kept.append(prompt.handle)
+            if not early:
+                decode.follow(prompt, (line.endpoint, epoch))
+        until = time.monotonic() + BOUND_S
+        ends = [decode.outcome(p.handle, until - time.monotonic()) for p in prompts]
+        assert all(o.right for o in ends if o.pulled.error is None), "wrong content was vouched for"
+        assert not decode.changed()
+        assert prefill.await_ended(kept, LEASE_S + 0.5), "kept for longer than a lease"
+        assert prefill.leases()[0] == 0
+        errors = [o.pulled.error for o in ends if o.pulled.error is not None]
+        return Result(len(ends) - len(errors), errors)
+    finally:
+        decode.close()
+        prefill.close()
+        line.close()
+
+
+def compute(prefill: Prefill, prompt: Prompt, cut: Cut, chance: random.Random) -> bool:
+    """A prefill with its mishaps; whether it was sealed."""
+    if not prefill.arrive(prompt):
+        return False
+    while prefill.compute(prompt.handle, chance.randrange(1, 5)) < cut.blocks_of(prompt.tokens):
+        time.sleep(chance.choice([0, 0, 0.002, 0.01]))
+        if chance.random() < 0.1:
+            prefill.preempt(prompt.handle)
+    prefill.seal(prompt.handle)
+    return True
+
+
+@pytest.mark.parametrize("block", range(SEEDS // AT_ONCE // 2))
+def test_whatever_happens_to_control_frames_pulls_end_and_content_is_right(block: int) -> None:
+    seeds = range(block * 2 * AT_ONCE, (block + 1) * 2 * AT_ONCE)
+    well, failures = 0, []
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for seed, outcome in [(s, pool.submit(run, s)) for s in seeds]:
+            if error := outcome.exception():
+                failures.append(f"seed {seed}: {type(error).__name__}: {error}")
+            else:
+                well += outcome.result().well
+    assert not failures, "\n".join(failures)
+    assert well > len(seeds), "most pulls must get through, or this shows little"
