@@ -166,8 +166,9 @@ class Connection:
                 message = _decode(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
-            except MALFORMED as error:
-                raise Broken(f"the sender's frame is not readable: {error}") from None
+            except MALFORMED as error:  # As good as lost: what it said is asked for again.
+                log.warning("malformed control frame", extra={"error": str(error)})
+                continue
             now = time.monotonic()
             match message:
                 case Opened():
