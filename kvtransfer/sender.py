@@ -176,7 +176,12 @@ class Sender:
                 if foreign := _foreign(frames[1]):
                     self._send(frames[0], foreign)
                 continue
-            for to, answer in self._answer(frames[0], message):
+            try:
+                answers = self._answer(frames[0], message)
+            except Exception:  # The thread's edge: one receiver must not silence us for all.
+                log.exception("answering failed", extra={"frame": repr(message)[:1000]})
+                continue
+            for to, answer in answers:
                 self._send(to, answer)
 
     def _send(self, to: bytes, message: ToReceiver) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 REMEMBERED_MAX: Final = 4096
 """Ended handles that are told apart from unknown ones."""
+RANKS_MAX: Final = 1024
+"""Of one engine."""
 FOLLOWED_MAX: Final = 16_384
 """Handles that receivers may wait for; more are refused."""
 
@@ -140,7 +142,10 @@ class Book:
 
     def follow(self, follower: bytes, message: Follow, now: float) -> Messages:
         """Everything known so far, and from now on every piece of news."""
-        if reason := self._unknown(message.epoch, message.handle):
+        reason = self._unknown(message.epoch, message.handle)
+        if not 0 <= message.rank < message.ranks <= RANKS_MAX:
+            reason = f"there is no rank {message.rank} of {message.ranks}"
+        if reason:
             return [(follower, Gone(message.seq, message.handle, reason))]
         handoff = self._live.get(message.handle)
         if handoff is None:
@@ -150,7 +155,7 @@ class Book:
             handoff = self._live[message.handle] = _Handoff(until=now + self._lease_s)
         if reason := self._taken(handoff, follower, message.rank):
             return [(follower, Gone(message.seq, message.handle, reason))]
-        handoff.ranks = max(1, message.ranks)
+        handoff.ranks = message.ranks
         handoff.followers[message.rank] = follower
         self._renew(handoff, now)
         news: Messages = [(follower, Held(message.seq, message.handle))]
@@ -182,6 +187,8 @@ class Book:
         if handoff is None or message.epoch != self._epoch:
             return
         if message.rank is not None and handoff.followers.get(message.rank, of) != of:
+            return
+        if message.rank is not None and not 0 <= message.rank < handoff.ranks:
             return
         if message.rank is None:
             handoff.released.update(set(range(handoff.ranks)) - set(handoff.followers))

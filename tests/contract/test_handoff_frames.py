@@ -7,13 +7,35 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import msgspec
 import pytest
+import zmq
 
 from kvtransfer.checksums import Mode
+from kvtransfer.protocol import (
+    VERSION,
+    Follow,
+    Gone,
+    Open,
+    Rejected,
+    Release,
+    Renew,
+    ToReceiver,
+)
 from kvtransfer.receiver import Timeouts
 from kvtransfer.transports.memory import MemoryTransport
 from tests.contract.bad_line import BadLine
-from tests.contract.handoff_rig import Cut, Decode, Prefill, Prompt, Receives, Sends
+from tests.contract.handoff_rig import (
+    Cut,
+    Decode,
+    Prefill,
+    Prompt,
+    Receives,
+    Sends,
+    World,
+    only,
+    well,
+)
 
 TIMES = Timeouts(answer_s=0.4, read_s=0.6, beat_s=0.05)
 LEASE_S = 0.8
@@ -93,3 +115,39 @@ def test_whatever_happens_to_control_frames_pulls_end_and_content_is_right(block
                 well += outcome.result().well
     assert not failures, "\n".join(failures)
     assert well > len(seeds), "most pulls must get through, or this shows little"
+
+
+@only("memory")
+def test_senseless_frames_neither_silence_a_sender_nor_free_what_is_read(world: World) -> None:
+    sender, receiver = world.sender(mode=Mode.OFF), world.receiver()
+    endpoint, epoch = sender.ask("address")
+    prompt = Prompt("h", tokens=40)
+    receiver.ask("hold")
+    receiver.ask("follow", prompt, (endpoint, epoch))
+    sender.ask("send", prompt)
+    receiver.ask("await_reading")
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.connect(endpoint)
+        for frame in (
+            Open(1, VERSION, Cut(block_tokens=0).layout(), 0),
+            Open(2, VERSION, Cut(ranks=0).layout(), 0),
+            Open(3, VERSION, Cut(kv_heads=-1).layout(), -1),
+            Follow(4, epoch, "h", 0, 1),
+            Follow(5, epoch, "h", 1, 2**62),
+            Follow(6, epoch, "h", -1, -1),
+            Follow(7, epoch, "other", 3, 2),
+            Release(epoch, "h", 0),
+            Release(epoch, "h", 7),
+            Release(epoch, "h"),
+        ):
+            stranger.send(msgspec.msgpack.encode(frame))
+            if not isinstance(frame, Release):
+                assert stranger.poll(5000), f"no answer to {frame}"
+                answer = msgspec.msgpack.decode(stranger.recv(), type=ToReceiver)
+                assert isinstance(answer, Rejected | Gone)
+        stranger.send(msgspec.msgpack.encode(Renew(8, epoch, "other")))
+        assert stranger.poll(5000), "what was sent before this was heard"
+    sender.ask("ended")  # What is freed is overwritten.
+    receiver.ask("go_on")
+    well(receiver.ask("outcome", "h"))
