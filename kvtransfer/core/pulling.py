@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvtransfer.core.manifest import mismatch, other_block
+from kvtransfer.protocol import LINK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -146,8 +147,11 @@ class Pull:
         """More blocks may be read, or the same from the beginning."""
         if self.ended or self.error is not None or self.wanted is None:
             return []
-        if news.generation < self.generation:
+        if news.generation < self.generation or not news.block_ids:
             return []
+        if len(news.links) != len(news.block_ids) * LINK_BYTES:
+            count = len(news.block_ids)
+            return self.fail(f"{count} blocks announced with {len(news.links)} bytes of links", now)
         if news.generation > self.generation:
             if news.first:
                 return self._again(now)
