@@ -142,6 +142,7 @@ class _Produced:
     links: bytes
     blocks: list[int] = field(default_factory=list)
     generation: int = 0
+    sealed: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ class Prefill:
 
     def seal(self, handle: str, first_token: int | None = None) -> None:
         produced = self._produced[handle]
+        produced.sealed = True
         tail = produced.links[-LINK_BYTES:]
         tokens, blocks = produced.prompt.tokens, len(produced.links) // LINK_BYTES
         self._sender.seal(handle, Manifest(tokens, blocks, tail, "model", "tok", first_token))
@@ -243,6 +245,21 @@ class Prefill:
         while not set(handles) <= set(self.ended()) and time.monotonic() < until:
             time.sleep(STEP_S)
         return set(handles) <= set(self._ended)
+
+    def sealed(self, handle: str) -> bool:
+        return handle in self._ended or self._produced[handle].sealed
+
+    def give_up(self) -> None:
+        """Cancel what was never sealed."""
+        for handle in [h for h, p in self._produced.items() if not p.sealed]:
+            self.cancel(handle)
+
+    def await_no_lease(self, within_s: float) -> bool:
+        until = time.monotonic() + within_s
+        while self.leases()[0] and time.monotonic() < until:
+            self.ended()
+            time.sleep(STEP_S)
+        return not self.leases()[0]
 
     def leases(self) -> tuple[int, int]:
         """Open, expired."""
@@ -352,10 +369,20 @@ class Decode:
         for watched in self.watched:
             watched.open.set()
 
+    def reads(self) -> int:
+        return sum(w.begun for w in self.watched)
+
+    def await_opened(self) -> None:
+        """Until there is a connection to a sender."""
+        until = time.monotonic() + PATIENCE_S
+        while not any(w.connected for w in self.watched):
+            assert time.monotonic() < until, "nothing is connected"
+            time.sleep(STEP_S)
+
     def await_reading(self, reads: int = 1) -> None:
         """Until so many reads have begun in all."""
         until = time.monotonic() + PATIENCE_S
-        while sum(w.begun for w in self.watched) < reads:
+        while self.reads() < reads:
             assert time.monotonic() < until, "nothing is read"
             time.sleep(STEP_S)
 

@@ -21,6 +21,7 @@ class Watched:
         self.open = threading.Event()
         self.open.set()
         self.begun = 0
+        self.connected = 0
         self.flying = 0
         self.most = 0
         """Bytes in flight at once."""
@@ -37,13 +38,16 @@ class Watched:
         return self._inner.reaches(description)
 
     def connect(self, memory: Memory, description: bytes, unit_bytes: int) -> WatchedPeer:
-        return WatchedPeer(self, self._inner.connect(memory, description, unit_bytes), unit_bytes)
+        peer = WatchedPeer(self, self._inner.connect(memory, description, unit_bytes), unit_bytes)
+        self.connected += 1
+        return peer
 
 
 class WatchedPeer:
     def __init__(self, watched: Watched, inner: Peer, unit_bytes: int) -> None:
         self._watched, self._inner, self._unit_bytes = watched, inner, unit_bytes
         self._flying: dict[int, int] = {}
+        self._fenced = False
 
     def read(self, local: Units, remote: Units) -> Any:
         handle = self._inner.read(local, remote)
@@ -71,6 +75,8 @@ class WatchedPeer:
 
     def fence(self) -> None:
         self._inner.fence()
+        self._watched.connected -= not self._fenced
+        self._fenced = True
         self._watched.flying -= sum(self._flying.values())
         self._flying.clear()
 
