@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -93,6 +94,8 @@ class Connection:
         self._mine, self._timeouts = mine, timeouts
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
+        # A name of our own: after a broken line the sender knows us again, and what we follow.
+        self._socket.setsockopt(zmq.ROUTING_ID, secrets.token_hex(8).encode())
         try:
             self._socket.connect(order.endpoint)
         except zmq.ZMQError as error:

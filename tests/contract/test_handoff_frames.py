@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -151,3 +154,71 @@ def test_senseless_frames_neither_silence_a_sender_nor_free_what_is_read(world: 
     sender.ask("ended")  # What is freed is overwritten.
     receiver.ask("go_on")
     well(receiver.ask("outcome", "h"))
+
+
+class Relay:
+    """A TCP line to a sender that can be cut: whoever used it must connect anew."""
+
+    def __init__(self, endpoint: str) -> None:
+        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+        self._to = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._ends: list[socket.socket] = []
+        self._accepting = threading.Thread(target=self._accept)
+        self._threads = [self._accepting]
+        self._accepting.start()
+
+    def cut(self) -> None:
+        ends, self._ends = self._ends, []
+        for each in ends:
+            with contextlib.suppress(OSError):  # The other end's went first.
+                each.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
+        self.cut()
+        for thread in self._threads:
+            thread.join()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                ours, _ = self._listener.accept()
+            except OSError:
+                return
+            theirs = socket.create_connection(self._to)
+            pair = (ours, theirs)
+            self._ends += pair
+            for source, sink in (pair, pair[::-1]):
+                self._threads.append(threading.Thread(target=self._carry, args=(source, sink)))
+                self._threads[-1].start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with source, contextlib.suppress(OSError):
+            while some := source.recv(1 << 16):
+                sink.sendall(some)
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+@only("memory")
+def test_a_control_connection_that_is_cut_and_comes_back_costs_no_pull(world: World) -> None:
+    sender, receiver = world.sender(), world.receiver()
+    endpoint, epoch = sender.ask("address")
+    relay = Relay(endpoint)
+    try:
+        prompt = Prompt("h", tokens=64)
+        receiver.ask("follow", prompt, (relay.endpoint, epoch))
+        sender.ask("arrive", prompt)
+        sender.ask("compute", "h", 3)
+        receiver.ask("await_reading", 1)
+        relay.cut()
+        sender.ask("compute", "h", 3)
+        sender.ask("compute", "h", 3)
+        sender.ask("seal", "h")
+        well(receiver.ask("outcome", "h"))
+        assert sender.ask("await_ended", ["h"], LEASE_S / 2)
+    finally:
+        relay.close()
