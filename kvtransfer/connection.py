@@ -175,7 +175,7 @@ class Connection:
             now = time.monotonic()
             match message:
                 case Opened():
-                    self._open(message, now)
+                    self._open(message)
                 case Rejected(reason=reason):
                     raise Broken(reason)
                 case Held(seq=seq):
@@ -200,7 +200,7 @@ class Connection:
                 effects = running.pull.gone(reason, now)
         self._carry_out(running, effects, now)
 
-    def _open(self, message: Opened, now: float) -> None:
+    def _open(self, message: Opened) -> None:
         if self._opened is not None:
             return
         if message.epoch != self.epoch:
@@ -210,6 +210,7 @@ class Connection:
         except (TransferError, Unlike) as error:
             raise Broken(f"can't connect: {error}") from error
         self._opened = message
+        now = time.monotonic()  # To connect can take longer than an answer may.
         for running in list(self._by_handle.values()):
             effects = running.pull.opened(self._wanted(running.order), now)
             self._carry_out(running, effects, now)

@@ -386,6 +386,10 @@ class Decode:
             assert time.monotonic() < until, "nothing is read"
             time.sleep(STEP_S)
 
+    def connect_slowly(self, seconds: float) -> None:
+        for watched in self.watched:
+            watched.connect_s = seconds
+
     def damage(self, at: int) -> None:
         """Flip a byte of the read that ends next, at this offset of its unit."""
         for watched in self.watched:

@@ -219,3 +219,17 @@ def test_a_handle_of_another_epoch_is_refused_naming_both_and_disturbs_no_other(
     sender.ask("compute", "now", 9)
     sender.ask("seal", "now")
     well(receiver.ask("outcome", "now"))
+
+
+@only("memory")
+def test_a_transport_that_takes_its_time_to_connect_costs_no_pull_its_answer(
+    world: World,
+) -> None:
+    sender = world.sender(lease_s=10)
+    receiver = world.receiver(timeouts=Timeouts(answer_s=0.5, read_s=2, beat_s=0.2))
+    receiver.ask("connect_slowly", 0.7)
+    for i in range(2):
+        receiver.ask("follow", Prompt(f"h{i}", tokens=40), sender.ask("address"))
+        sender.ask("send", Prompt(f"h{i}", tokens=40))
+    for i in range(2):
+        well(receiver.ask("outcome", f"h{i}"))

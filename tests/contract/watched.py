@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from kvtransfer import views
@@ -22,6 +23,8 @@ class Watched:
         self.open.set()
         self.begun = 0
         self.connected = 0
+        self.connect_s = 0.0
+        """What it takes to connect, besides."""
         self.flying = 0
         self.most = 0
         """Bytes in flight at once."""
@@ -38,6 +41,7 @@ class Watched:
         return self._inner.reaches(description)
 
     def connect(self, memory: Memory, description: bytes, unit_bytes: int) -> WatchedPeer:
+        time.sleep(self.connect_s)
         peer = WatchedPeer(self, self._inner.connect(memory, description, unit_bytes), unit_bytes)
         self.connected += 1
         return peer
