@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -81,7 +82,10 @@ class Broken(Exception):
 
 
 class Connection:
-    """Belongs to the receiver's thread. `Broken` out of any method means: drop it."""
+    """Belongs to the receiver's thread. `Broken` out of any method means: drop it.
+
+    Out of the constructor, that there is nothing to drop.
+    """
 
     def __init__(
         self, context: zmq.Context[Any], order: Order, mine: Mine, timeouts: Timeouts
@@ -90,7 +94,13 @@ class Connection:
         self._mine, self._timeouts = mine, timeouts
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
-        self._socket.connect(order.endpoint)
+        # A name of our own: after a broken line the sender knows us again, and what we follow.
+        self._socket.setsockopt(zmq.ROUTING_ID, secrets.token_hex(8).encode())
+        try:
+            self._socket.connect(order.endpoint)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            raise Broken(f"no address of a sender: {order.endpoint!r}: {error}") from None
         self._seq = 0
         self._questions: dict[int, tuple[str, float]] = {}
         """Asked and not answered: whose (handle), when."""
@@ -107,6 +117,15 @@ class Connection:
 
     def __len__(self) -> int:
         return len(self._by_handle)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.endpoint, self.epoch
+
+    @property
+    def opened(self) -> bool:
+        """A sender of our epoch has answered."""
+        return self._opened is not None
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
@@ -150,12 +169,13 @@ class Connection:
                 message = _decode(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
-            except MALFORMED as error:
-                raise Broken(f"the sender's frame is not readable: {error}") from None
+            except MALFORMED as error:  # As good as lost: what it said is asked for again.
+                log.warning("malformed control frame", extra={"error": str(error)})
+                continue
             now = time.monotonic()
             match message:
                 case Opened():
-                    self._open(message, now)
+                    self._open(message)
                 case Rejected(reason=reason):
                     raise Broken(reason)
                 case Held(seq=seq):
@@ -180,7 +200,7 @@ class Connection:
                 effects = running.pull.gone(reason, now)
         self._carry_out(running, effects, now)
 
-    def _open(self, message: Opened, now: float) -> None:
+    def _open(self, message: Opened) -> None:
         if self._opened is not None:
             return
         if message.epoch != self.epoch:
@@ -190,6 +210,7 @@ class Connection:
         except (TransferError, Unlike) as error:
             raise Broken(f"can't connect: {error}") from error
         self._opened = message
+        now = time.monotonic()  # To connect can take longer than an answer may.
         for running in list(self._by_handle.values()):
             effects = running.pull.opened(self._wanted(running.order), now)
             self._carry_out(running, effects, now)
@@ -234,18 +255,23 @@ class Connection:
 
     # ------------------------------------------------------------ reading
 
-    def move(self, room: int) -> None:
-        """Start reads into `room` bytes, and see how those in flight stand."""
+    def land(self) -> None:
+        """See how reads in flight stand."""
         for running in list(self._by_handle.values()):
             self._land(running)
-            while room > 0 and (size := self._start_read(running, room)):
+
+    def read(self, room: int, *, alone: bool) -> None:
+        """Start reads into `room` bytes. `alone`: nothing is in flight, of no connection."""
+        if not self._stride_bytes:
+            return
+        if alone:  # A bound below one stride would be no bound but a standstill.
+            room = max(room, self._stride_bytes)
+        for running in list(self._by_handle.values()):
+            while room >= self._stride_bytes and (size := self._start_read(running, room)):
                 room -= size
 
     def _start_read(self, running: _Running, room: int) -> int:
         now = time.monotonic()
-        if not self._stride_bytes:
-            return 0
-        # One stride always fits: a bound below it would be no bound but a standstill.
         most = max(1, min(room, READ_BYTES_MAX) // self._stride_bytes)
         found = running.pull.next_read(most, now)
         if found is None:

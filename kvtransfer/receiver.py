@@ -29,6 +29,10 @@ READING_MS: Final = 1
 """Between two looks at reads that nothing wakes us for. Most are over by the first."""
 
 
+_Key = tuple[str, str]
+"""Of a connection: a sender's endpoint and epoch."""
+
+
 class Receiver:
     """All pulls of one engine rank. Its methods are the engine's, and return at once."""
 
@@ -37,10 +41,12 @@ class Receiver:
     ) -> None:
         self._mine, self._timeouts, self._room = mine, timeouts, in_flight_bytes_max
         self._context: zmq.Context[Any] = zmq.Context()
-        self._connections: dict[str, Connection] = {}
+        self._connections: dict[_Key, Connection] = {}
+        self._open: dict[str, Connection] = {}
+        """By endpoint: the one that a sender has answered."""
         self._inbox: deque[Order | str] = deque()
-        self._handles: dict[str, tuple[str, str]] = {}
-        """Endpoint and handle by request id."""
+        self._handles: dict[str, tuple[_Key, str]] = {}
+        """By request id."""
         self._ended: deque[Pulled] = deque()
         self._news = threading.Event()
         self._wakeup = Wakeup()
@@ -85,7 +91,15 @@ class Receiver:
             now = time.monotonic()
             for connection in list(self._connections.values()):
                 self._guarded(connection, connection.hear)
-                self._guarded(connection, partial(connection.move, self._room_left()))
+                self._supersede(connection)
+                self._guarded(connection, connection.land)
+            # All have landed: the room is known, and whoever waits for some sleeps for none.
+            for connection in list(self._connections.values()):
+                flying = sum(c.flying for c in self._connections.values())
+                self._guarded(
+                    connection,
+                    partial(connection.read, self._room - flying, alone=not flying),
+                )
                 self._guarded(connection, partial(connection.tick, now))
                 self._report(connection)
         for connection in list(self._connections.values()):
@@ -112,28 +126,45 @@ class Receiver:
             command = self._inbox.popleft()
             now = time.monotonic()
             if isinstance(command, str):
-                endpoint, handle = self._handles.get(command, ("", ""))
-                if connection := self._connections.get(endpoint):
+                key, handle = self._handles.get(command, (("", ""), ""))
+                if connection := self._connections.get(key):
                     self._guarded(connection, partial(connection.cancel, handle, now))
                     self._report(connection)
                 continue
-            self._handles[command.request_id] = (command.endpoint, command.handle)
-            connection = self._connection(command)
+            try:
+                connection = self._connection(command)
+            except Broken as broken:
+                self._ended.append(Pulled(command.request_id, str(broken)))
+                self._news.set()
+                continue
+            self._handles[command.request_id] = (connection.key, command.handle)
             self._guarded(connection, partial(connection.start, command, now))
             self._report(connection)
 
     def _connection(self, order: Order) -> Connection:
-        known = self._connections.get(order.endpoint)
-        if known is not None and known.epoch != order.epoch:
-            self._drop(known, f"the sender restarted: epoch {known.epoch}, now {order.epoch}")
-            known = None
+        known = self._connections.get((order.endpoint, order.epoch))
         if known is None:
             known = Connection(self._context, order, self._mine, self._timeouts)
-            self._connections[order.endpoint] = known
+            self._connections[known.key] = known
         return known
 
+    def _supersede(self, connection: Connection) -> None:
+        """A sender that answers at an address is the one there: any other epoch's is no more.
+
+        An order does not tell: it may be a router's that has not heard of a restart yet.
+        """
+        former = self._open.get(connection.endpoint)
+        here = self._connections.get(connection.key) is connection
+        if not connection.opened or connection is former or not here:
+            return
+        self._open[connection.endpoint] = connection
+        if former is not None:
+            self._drop(
+                former, f"the sender restarted: epoch {former.epoch}, now {connection.epoch}"
+            )
+
     def _guarded(self, connection: Connection, act: Callable[[], None]) -> None:
-        if self._connections.get(connection.endpoint) is not connection:
+        if self._connections.get(connection.key) is not connection:
             return
         try:
             act()
@@ -145,7 +176,9 @@ class Receiver:
 
     def _drop(self, connection: Connection, reason: str) -> None:
         log.warning("sender dropped", extra={"endpoint": connection.endpoint, "reason": reason})
-        del self._connections[connection.endpoint]
+        del self._connections[connection.key]
+        if self._open.get(connection.endpoint) is connection:
+            del self._open[connection.endpoint]
         connection.drop(reason)
         self._report(connection)
 
@@ -157,6 +190,3 @@ class Receiver:
         self._ended.extend(connection.ended)
         connection.ended.clear()
         self._news.set()
-
-    def _room_left(self) -> int:
-        return self._room - sum(c.flying for c in self._connections.values())

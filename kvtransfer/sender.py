@@ -59,8 +59,13 @@ class Sender:
     All methods are the engine's, return at once, and may be called from any one thread.
     """
 
-    def __init__(self, host: str, epoch: str, lease_s: float, offered: Offered) -> None:
-        """Bind. Raises zmq.ZMQError when the host is no address of ours."""
+    def __init__(
+        self, host: str, epoch: str, lease_s: float, offered: Offered, port: int = 0
+    ) -> None:
+        """Bind, to a free port unless told which.
+
+        Raises zmq.ZMQError when the host is no address of ours, or the port is taken.
+        """
         self._epoch, self._lease_s, self._offered = epoch, lease_s, offered
         self._book = Book(epoch, lease_s)
         self._lock = threading.Lock()
@@ -72,7 +77,8 @@ class Sender:
         self._socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
         # A receiver that comes back under its own name must not be locked out by its ghost.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        self._socket.bind(f"tcp://{host}:{port or '*'}")
+        port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self.endpoint = f"tcp://{host}:{port}"
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="kv-sender", daemon=True)
@@ -170,7 +176,12 @@ class Sender:
                 if foreign := _foreign(frames[1]):
                     self._send(frames[0], foreign)
                 continue
-            for to, answer in self._answer(frames[0], message):
+            try:
+                answers = self._answer(frames[0], message)
+            except Exception:  # The thread's edge: one receiver must not silence us for all.
+                log.exception("answering failed", extra={"frame": repr(message)[:1000]})
+                continue
+            for to, answer in answers:
                 self._send(to, answer)
 
     def _send(self, to: bytes, message: ToReceiver) -> None:
@@ -188,7 +199,7 @@ class Sender:
                 return self._book.follow(of, message, now)
             if isinstance(message, Renew):
                 return self._book.renew(of, message, now)
-            self._book.release(message)
+            self._book.release(of, message)
         return []
 
     def _opened(self, message: Open) -> ToReceiver:

@@ -45,6 +45,8 @@ def refusal(sender: Layout, receiver: Layout) -> str | None:
         if theirs != ours:
             return f"KV {what} differs: sender has {theirs}, receiver {ours}"
     for side, layout in (("sender", sender), ("receiver", receiver)):
+        if min(layout.kv_heads, layout.ranks, layout.block_tokens) < 1:
+            return f"the {side}'s layout is none: {layout}"
         if max(layout.kv_heads, layout.ranks) % min(layout.kv_heads, layout.ranks):
             return f"{layout.kv_heads} KV heads don't divide over the {side}'s {layout.ranks} ranks"
     if sender.ranks != receiver.ranks and not sender.by_head:

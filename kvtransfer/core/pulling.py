@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvtransfer.core.manifest import mismatch, other_block
+from kvtransfer.protocol import LINK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,6 +118,8 @@ class Pull:
     _next_read: int = 0
     _beat_at: float = 0.0
     _vouched_until: float = float("-inf")
+    _damage: str | None = None
+    """Of this generation. A preempted one's blocks are another's by now: only a seal tells."""
 
     # ------------------------------------------------------------ the sender speaks
 
@@ -132,7 +135,8 @@ class Pull:
         """The answer to the question asked at `asked_at`: it is there, and not about to go."""
         assert self.wanted is not None
         self.asked_at = None
-        self._beat_at = now + self.timeouts.beat_s
+        # A lease is renewed well before it ends, however short the sender keeps it.
+        self._beat_at = now + min(self.timeouts.beat_s, self.wanted.lease_s / 3)
         self._vouched_until = max(self._vouched_until, asked_at + self.wanted.lease_s)
         return self._settle(now)
 
@@ -143,8 +147,11 @@ class Pull:
         """More blocks may be read, or the same from the beginning."""
         if self.ended or self.error is not None or self.wanted is None:
             return []
-        if news.generation < self.generation:
+        if news.generation < self.generation or not news.block_ids:
             return []
+        if len(news.links) != len(news.block_ids) * LINK_BYTES:
+            count = len(news.block_ids)
+            return self.fail(f"{count} blocks announced with {len(news.links)} bytes of links", now)
         if news.generation > self.generation:
             if news.first:
                 return self._again(now)
@@ -183,8 +190,8 @@ class Pull:
         """A read to start now: its number and its strides; None when there is nothing to read."""
         if self.ended or self.error is not None or self.wanted is None:
             return None
-        if any(r.stale for r in self._reads.values()):
-            return None  # Their bytes would land on top of the new ones.
+        if self._damage is not None or any(r.stale for r in self._reads.values()):
+            return None  # Stale ones' bytes would land on top of the new ones.
         until = min(len(self.remote) * self.wanted.per_block, self.wanted.end)
         until = min(until, self._taken + strides_max)
         if until <= self._taken:
@@ -198,9 +205,8 @@ class Pull:
     def read_done(self, number: int, now: float, sums: Sequence[int] = ()) -> Effects:
         """A read is over. `sums`: of the sender's blocks in it, as they are here now."""
         read = self._reads.pop(number)
-        if not read.stale and (reason := self._damaged(read, sums)):
-            self.mismatched = True
-            return self.fail(reason, now)
+        if not read.stale:
+            self._damage = self._damage or self._damaged(read, sums)
         return self._settle(now)
 
     def _damaged(self, read: _Read, sums: Sequence[int]) -> str | None:
@@ -262,7 +268,7 @@ class Pull:
     def _begin(self, generation: int) -> None:
         assert self.wanted is not None
         self.generation = generation
-        self.remote, self.sums, self.sealed = [], [], None
+        self.remote, self.sums, self.sealed, self._damage = [], [], None, None
         self._taken = self.wanted.begin
         for read in self._reads.values():
             read.stale = True
@@ -281,7 +287,12 @@ class Pull:
         if self.error is not None:
             self.ended = True
             return [TellRelease(), End(self.error)]
-        if self.sealed is None or self.wanted is None or self._taken < self.wanted.end:
+        if self.sealed is None or self.wanted is None:
+            return []
+        if self._damage is not None:
+            self.mismatched = True
+            return self.fail(self._damage, now)
+        if self._taken < self.wanted.end:
             return []
         if now <= self._vouched_until:
             self.ended = True

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 REMEMBERED_MAX: Final = 4096
 """Ended handles that are told apart from unknown ones."""
+RANKS_MAX: Final = 1024
+"""Of one engine."""
 FOLLOWED_MAX: Final = 16_384
 """Handles that receivers may wait for; more are refused."""
 
@@ -140,7 +142,10 @@ class Book:
 
     def follow(self, follower: bytes, message: Follow, now: float) -> Messages:
         """Everything known so far, and from now on every piece of news."""
-        if reason := self._unknown(message.epoch, message.handle):
+        reason = self._unknown(message.epoch, message.handle)
+        if not 0 <= message.rank < message.ranks <= RANKS_MAX:
+            reason = f"there is no rank {message.rank} of {message.ranks}"
+        if reason:
             return [(follower, Gone(message.seq, message.handle, reason))]
         handoff = self._live.get(message.handle)
         if handoff is None:
@@ -148,7 +153,9 @@ class Book:
                 reason = f"the sender already has {FOLLOWED_MAX} handles"
                 return [(follower, Gone(message.seq, message.handle, reason))]
             handoff = self._live[message.handle] = _Handoff(until=now + self._lease_s)
-        handoff.ranks = max(1, message.ranks)
+        if reason := self._taken(handoff, follower, message.rank):
+            return [(follower, Gone(message.seq, message.handle, reason))]
+        handoff.ranks = message.ranks
         handoff.followers[message.rank] = follower
         self._renew(handoff, now)
         news: Messages = [(follower, Held(message.seq, message.handle))]
@@ -165,9 +172,12 @@ class Book:
             reason = reason or "no such handle"
             return [(follower, Gone(message.seq, message.handle, reason))]
         self._renew(handoff, now)
-        return [(follower, Held(message.seq, message.handle))]
+        answer: Messages = [(follower, Held(message.seq, message.handle))]
+        if handoff.manifest is not None:  # It may not know: what was sent once can be lost.
+            answer.append((follower, self._sealed(message.handle, handoff)))
+        return answer
 
-    def release(self, message: Release) -> None:
+    def release(self, of: bytes, message: Release) -> None:
         """One receiver is done, or (rank None) nobody else will come. Again is harmless.
 
         Whoever follows may be reading, and trusts that the blocks stay until it says otherwise: a
@@ -175,6 +185,10 @@ class Book:
         """
         handoff = self._live.get(message.handle)
         if handoff is None or message.epoch != self._epoch:
+            return
+        if message.rank is not None and handoff.followers.get(message.rank, of) != of:
+            return
+        if message.rank is not None and not 0 <= message.rank < handoff.ranks:
             return
         if message.rank is None:
             handoff.released.update(set(range(handoff.ranks)) - set(handoff.followers))
@@ -201,6 +215,14 @@ class Book:
         # One that is awaited keeps its first deadline: asking does not bring the prompt nearer.
         if handoff.manifest is not None:
             handoff.until = now + self._lease_s
+
+    def _taken(self, handoff: _Handoff, follower: bytes, rank: int) -> str | None:
+        """Why it may not follow. Two of one rank would free the blocks under each other."""
+        if rank in handoff.released:
+            return "released"
+        if handoff.followers.get(rank, follower) != follower:
+            return f"another receiver follows it as rank {rank}"
+        return None
 
     def _unknown(self, epoch: str, handle: str) -> str | None:
         if epoch != self._epoch:

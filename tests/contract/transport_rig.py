@@ -11,6 +11,7 @@ import threading
 import time
 import zlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,14 @@ import numpy as np
 from kvtransfer.transports.api import Memory, Progress, Segment, TransferError, Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
 ANSWER_S = 60
 
 _processes = multiprocessing.get_context("forkserver")
 # What takes seconds to import is imported once.
-_processes.set_forkserver_preload(["numpy", "nixl._api", "tests.contract.transport_rig"])
+_processes.set_forkserver_preload(["numpy", "nixl._api", "tests.contract.handoff_rig"])
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,12 @@ class Actor:
         return (time.process_time() - began) / seconds
 
 
-def _serve(pipe: Connection, subject: Subject) -> None:
-    actor = Actor(subject.make())
+def _actor(subject: Subject) -> Actor:
+    return Actor(subject.make())
+
+
+def _serve(pipe: Connection, make: Callable[[], Any]) -> None:
+    actor = make()
     while (told := pipe.recv()) is not None:
         word, arguments = told
         try:
@@ -183,11 +188,11 @@ def _serve(pipe: Connection, subject: Subject) -> None:
 
 
 class Remote:
-    """An actor in a process of its own."""
+    """An actor in a process of its own, which makes it."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, make: Callable[[], Any]) -> None:
         self._pipe, theirs = _processes.Pipe()
-        self._process = _processes.Process(target=_serve, args=(theirs, subject), daemon=True)
+        self._process = _processes.Process(target=_serve, args=(theirs, make), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -268,7 +273,8 @@ class Pair:
             self.sender: Remote | Local = Local(transport)
             self.reader: Remote | Local = Local(transport)
         else:
-            self.sender, self.reader = Remote(subject), Remote(subject)
+            self.sender = Remote(partial(_actor, subject))
+            self.reader = Remote(partial(_actor, subject))
         self.description = b""
 
     def hold(self, sends: Shape, reads: Shape, seed: int = 1) -> None:

@@ -158,8 +158,11 @@ class Handoffs(RuleBasedStateMachine):
 
     def restart_sender(self, _: int) -> None:
         self.start_sender()
-        for prompt in self.prompts.values():
+        for index, prompt in enumerate(list(self.prompts.values())):
             prompt.state, prompt.ids = "ended", []
+            # No transport reads a process that took the place of the one it was connected to.
+            while prompt.reads:
+                self.read_fails(index)
 
     def router_releases(self, index: int) -> None:
         if prompt := self.some(index):
@@ -220,6 +223,8 @@ class Handoffs(RuleBasedStateMachine):
             number, wanted = found
             assert not set(wanted) & {s for left, _ in prompt.reads.values() for s in left}
             prompt.reads[number] = (list(wanted), list(prompt.pull.remote))
+            if prompt.epoch != self.epoch:
+                self.read_fails(index)
 
     @rule(index=st.integers(0, 9), whole=st.booleans())
     def land(self, index: int, whole: bool) -> None:
@@ -277,7 +282,7 @@ class Handoffs(RuleBasedStateMachine):
                 case Renew():
                     self.say(self.book.renew(message.handle.encode(), message, self.now))
                 case Release():
-                    self.book.release(message)
+                    self.book.release(message.handle.encode(), message)
             self.free_ended()
             return
         prompt = self.prompts[to]

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from kvtransfer.core.geometry import Unlike, heads_of, refusal, routes
 from kvtransfer.core.manifest import Expectation, chain, mismatch, other_block
+from kvtransfer.core.pulling import Pull, Timeouts, Wanted
 from kvtransfer.protocol import (
     LINK_BYTES,
     VERSION,
+    Blocks,
     Layout,
     Manifest,
     TicketUnreadable,
@@ -188,3 +190,28 @@ def test_a_layout_that_keeps_nothing_apart_must_be_equal() -> None:
     assert "ranks must be equal" in (refusal(whole, msgspec.structs.replace(whole, ranks=2)) or "")
     smaller = msgspec.structs.replace(whole, block_tokens=8)
     assert "blocks must be equal" in (refusal(whole, smaller) or "")
+
+
+def pull_of(tokens: int) -> tuple[Pull, bytes]:
+    """One that follows, over blocks of 4 tokens, and the prompt's chain."""
+    links = chain(list(range(tokens)), 4, salt=None, lora=None)
+    pull = Pull(Timeouts(), asked_at=0.0)
+    blocks = len(links) // LINK_BYTES
+    pull.opened(Wanted(Expectation(tokens, links, "m", "t"), 1, 0, blocks, 10.0), 0.0)
+    pull.held(0.0, 0.0)
+    return pull, links
+
+
+@pytest.mark.parametrize("of_links", [0, 1, 3])
+def test_a_block_without_a_link_of_its_own_is_never_read(of_links: int) -> None:
+    pull, links = pull_of(16)
+    pull.blocks(Blocks("h", 0, 0, [7, 8], links[: of_links * LINK_BYTES], []), 1.0)
+    assert pull.next_read(9, 1.0) is None
+    assert pull.error is not None
+
+
+def test_news_of_no_blocks_changes_nothing() -> None:
+    pull, links = pull_of(8)
+    pull.blocks(Blocks("h", 9, 0, [], b"", []), 1.0)
+    pull.blocks(Blocks("h", 0, 0, [7, 8], links, []), 1.0)
+    assert pull.next_read(9, 1.0) == (1, range(2)), "generation 9 was none"

@@ -1,0 +1,478 @@
+"""Two engines of numpy memory with the production sender and receiver between them."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from xxhash import xxh3_64_intdigest
+
+from kvtransfer import checksums
+from kvtransfer.core.geometry import heads_of
+from kvtransfer.core.manifest import chain
+from kvtransfer.protocol import LINK_BYTES, Layout, Manifest, Region
+from kvtransfer.receiver import Mine, Order, Pulled, Receiver, Timeouts
+from kvtransfer.sender import Offered, Sender
+from kvtransfer.transports.api import Memory, Segment
+from kvtransfer.transports.choose import load
+from kvtransfer.transports.memory import MemoryTransport
+from tests.contract.transport_rig import Remote
+from tests.contract.watched import Watched
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvtransfer.transports.api import Offer, Transport
+
+TIMES = Timeouts(answer_s=1.0, read_s=2.0, beat_s=0.2)
+LEASE_S = 1.5
+STEP_S = 0.002
+"""Between two looks at what no event tells of."""
+PATIENCE_S = 30.0
+"""What takes longer than this has hung."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one side's memory is cut. A block keeps heads apart, and a head its tokens."""
+
+    layers: int = 3
+    kv_heads: int = 4
+    block_tokens: int = 8
+    head_token_bytes: int = 64
+    ranks: int = 1
+    blocks: int = 96
+    by_token: bool = True
+
+    def layout(self, content: str = "numpy") -> Layout:
+        return Layout(
+            content, "u64", self.layers, self.kv_heads, self.head_token_bytes, self.block_tokens,
+            self.ranks, by_head=True, by_token=self.by_token,
+        )  # fmt: skip
+
+    def blocks_of(self, tokens: int) -> int:
+        return -(-tokens // self.block_tokens)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Its KV is a function of handle, layer, head and token: whoever has it can check it."""
+
+    handle: str
+    tokens: int
+    cached: int = 0
+    """At the receiver, of its own."""
+
+    @property
+    def seed(self) -> int:
+        return xxh3_64_intdigest(self.handle.encode())
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [(self.seed + 7 * i) % 50_000 for i in range(self.tokens)]
+
+    def kv(self, cut: Cut, heads: Iterable[int], tokens: Iterable[int]) -> np.ndarray:
+        """Shape (layers, heads, tokens, words)."""
+        words = np.arange(cut.head_token_bytes // 8, dtype=np.uint64)
+        axes = np.meshgrid(
+            np.arange(cut.layers, dtype=np.uint64), np.array(list(heads), dtype=np.uint64),
+            np.array(list(tokens), dtype=np.uint64), words, indexing="ij",
+        )  # fmt: skip
+        mixed = np.full(axes[0].shape, self.seed, dtype=np.uint64)
+        for axis in axes:
+            mixed = (mixed ^ axis) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+        return mixed
+
+
+class Kv:
+    """One rank's memory."""
+
+    def __init__(self, cut: Cut, rank: int, seed: int) -> None:
+        heads = heads_of(cut.layout(), rank)
+        self.cut, self.heads = cut, range(heads.first, heads.first + heads.count)
+        words = cut.head_token_bytes // 8
+        shape = (cut.layers, cut.blocks, heads.count, cut.block_tokens, words)
+        junk = np.random.default_rng(seed).integers(0, 2**63, size=shape, dtype=np.uint64)
+        self.array = junk
+        size = heads.count * cut.block_tokens * cut.head_token_bytes
+        self.memory = Memory(
+            tuple(Segment(layer.ctypes.data, size, size, cut.blocks) for layer in junk)
+        )
+
+    def write(self, prompt: Prompt, first: int, blocks: list[int]) -> None:
+        """What a step computes: the prompt's blocks from its block `first`."""
+        span = self.cut.block_tokens
+        for number, block in enumerate(blocks, first):
+            tokens = range(number * span, min((number + 1) * span, prompt.tokens))
+            self.array[:, block, :, : len(tokens)] = prompt.kv(self.cut, self.heads, tokens)
+
+    def holds(self, prompt: Prompt, blocks: list[int]) -> bool:
+        """From its first token that is not cached, in the prompt's `blocks`."""
+        span = self.cut.block_tokens
+        for number in range(prompt.cached // span, self.cut.blocks_of(prompt.tokens)):
+            tokens = range(number * span, min((number + 1) * span, prompt.tokens))
+            here = self.array[:, blocks[number], :, : len(tokens)]
+            if not np.array_equal(here, prompt.kv(self.cut, self.heads, tokens)):
+                return False
+        return True
+
+
+def _transport(name: str) -> Transport:
+    if name == "ucx-over-tcp":
+        from kvtransfer.transports.ucx import UcxTransport
+
+        return UcxTransport(tls="tcp", reaches=True)
+    return load(name)
+
+
+# ------------------------------------------------------------------------- the sender's side
+
+
+@dataclass
+class _Produced:
+    prompt: Prompt
+    links: bytes
+    blocks: list[int] = field(default_factory=list)
+    generation: int = 0
+    sealed: bool = False
+
+
+@dataclass(frozen=True)
+class Sends:
+    """How a sending engine is set up."""
+
+    transports: tuple[str, ...]
+    cut: Cut = Cut()
+    epoch: str = "first"
+    lease_s: float = LEASE_S
+    mode: checksums.Mode = checksums.Mode.FULL
+    port: int = 0
+    content: str = "numpy"
+
+
+class Prefill:
+    """A sending engine. What it frees it overwrites at once, as a busy one would."""
+
+    def __init__(self, sends: Sends, transport: Transport | None = None) -> None:
+        self._sends, cut = sends, sends.cut
+        self._kv = [Kv(cut, rank, seed=rank) for rank in range(cut.ranks)]
+        transports = [transport] if transport else [_transport(n) for n in sends.transports]
+        self._offers: list[Offer] = []
+        regions = []
+        for kv in self._kv:
+            offers = [(t.name, t.offer(kv.memory)) for t in transports]
+            self._offers += [offer for _, offer in offers]
+            regions.append([Region(n, o.description, cut.blocks) for n, o in offers])
+        offered = Offered(cut.layout(sends.content), sends.mode.value, regions)
+        self._sender = Sender("127.0.0.1", sends.epoch, sends.lease_s, offered, sends.port)
+        self._free = random.Random(5).sample(range(cut.blocks), cut.blocks)
+        self._produced: dict[str, _Produced] = {}
+        self._ended: list[str] = []
+
+    def address(self) -> tuple[str, str]:
+        return self._sender.endpoint, self._sends.epoch
+
+    def arrive(self, prompt: Prompt) -> bool:
+        links = chain(prompt.token_ids, self._sends.cut.block_tokens, salt=None, lora=None)
+        known = self._sender.expect(prompt.handle, links)
+        if known:
+            self._produced[prompt.handle] = _Produced(prompt, links)
+        return known
+
+    def compute(self, handle: str, count: int) -> int:
+        """A step: `count` more blocks of the prompt, or what is left; how many there are now."""
+        produced = self._produced[handle]
+        first = len(produced.blocks)
+        left = self._sends.cut.blocks_of(produced.prompt.tokens) - first
+        new = [self._free.pop() for _ in range(min(count, left))]
+        for kv in self._kv:
+            kv.write(produced.prompt, first, new)
+        by_rank = [
+            checksums.sums(kv.memory, new, self._sends.mode, handle.encode(), first=first)
+            for kv in self._kv
+        ]
+        produced.blocks += new
+        sums = [list(s) for s in zip(*by_rank, strict=True)]
+        return self._sender.computed(handle, produced.generation, new, sums)
+
+    def seal(self, handle: str, first_token: int | None = None) -> None:
+        produced = self._produced[handle]
+        produced.sealed = True
+        tail = produced.links[-LINK_BYTES:]
+        tokens, blocks = produced.prompt.tokens, len(produced.links) // LINK_BYTES
+        self._sender.seal(handle, Manifest(tokens, blocks, tail, "model", "tok", first_token))
+
+    def send(self, prompt: Prompt, chunk: int = 4) -> None:
+        """All of it."""
+        assert self.arrive(prompt)
+        while self.compute(prompt.handle, chunk) < self._sends.cut.blocks_of(prompt.tokens):
+            pass
+        self.seal(prompt.handle)
+
+    def preempt(self, handle: str) -> None:
+        produced = self._produced[handle]
+        self._scribble(produced)
+        produced.generation += 1
+        self._sender.restart(handle, produced.generation)
+
+    def cancel(self, handle: str) -> None:
+        self._sender.cancel(handle, "the client has left")
+        self._scribble(self._produced.pop(handle))
+
+    def spoil(self, handle: str, block: int, layers: list[int]) -> None:
+        """Memory that changes after its checksum was taken: one byte in each of these layers."""
+        at = self._produced[handle].blocks[block]
+        for layer in layers:
+            self._kv[0].array.view(np.uint8)[layer, at, 0, 0, 0] ^= 1
+
+    def ended(self) -> list[str]:
+        """All that have ended so far."""
+        for handle in self._sender.ended():
+            self._scribble(self._produced.pop(handle))
+            self._ended.append(handle)
+        return list(self._ended)
+
+    def await_ended(self, handles: list[str], within_s: float) -> bool:
+        until = time.monotonic() + within_s
+        while not set(handles) <= set(self.ended()) and time.monotonic() < until:
+            time.sleep(STEP_S)
+        return set(handles) <= set(self._ended)
+
+    def sealed(self, handle: str) -> bool:
+        return handle in self._ended or self._produced[handle].sealed
+
+    def give_up(self) -> None:
+        """Cancel what was never sealed."""
+        for handle in [h for h, p in self._produced.items() if not p.sealed]:
+            self.cancel(handle)
+
+    def await_no_lease(self, within_s: float) -> bool:
+        until = time.monotonic() + within_s
+        while self.leases()[0] and time.monotonic() < until:
+            self.ended()
+            time.sleep(STEP_S)
+        return not self.leases()[0]
+
+    def leases(self) -> tuple[int, int]:
+        """Open, expired."""
+        return self._sender.leases_open, self._sender.leases_expired_total
+
+    def free(self) -> int:
+        return len(self._free)
+
+    def close(self) -> None:
+        self._sender.close()
+        for offer in self._offers:
+            offer.close()
+
+    def _scribble(self, produced: _Produced) -> None:
+        for kv in self._kv:
+            kv.array[:, produced.blocks] = np.uint64(0xDEAD)
+        self._free = produced.blocks + self._free
+        produced.blocks = []
+
+
+# ------------------------------------------------------------------------- the receiver's side
+
+
+@dataclass(frozen=True)
+class Receives:
+    """How a receiving engine's rank is set up."""
+
+    transports: tuple[str, ...]
+    cut: Cut = Cut()
+    rank: int = 0
+    timeouts: Timeouts = TIMES
+    in_flight_bytes_max: int = 256 << 20
+    content: str = "numpy"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a pull ended, and whether its blocks held the prompt when it did."""
+
+    pulled: Pulled
+    right: bool
+
+
+class Decode:
+    """One rank of a receiving engine, which looks after every byte of its memory."""
+
+    def __init__(self, receives: Receives, transport: Transport | None = None) -> None:
+        self._receives, cut = receives, receives.cut
+        self._kv = Kv(cut, receives.rank, seed=100 + receives.rank)
+        self.watched = [
+            Watched(t, self._kv.memory)
+            for t in ([transport] if transport else [_transport(n) for n in receives.transports])
+        ]
+        layout = cut.layout(receives.content)
+        mine = Mine(self._kv.memory, layout, receives.rank, self.watched)
+        self._receiver = Receiver(mine, receives.timeouts, receives.in_flight_bytes_max)
+        self._known = self._kv.array.copy()
+        self._free = random.Random(6).sample(range(cut.blocks), cut.blocks)
+        self._running: dict[str, tuple[Prompt, list[int]]] = {}
+        self._outcomes: dict[str, Outcome] = {}
+
+    def follow(self, prompt: Prompt, address: tuple[str, str], as_: str = "") -> None:
+        """As request `as_`, or the handle's own name."""
+        blocks = [self._free.pop() for _ in range(self._receives.cut.blocks_of(prompt.tokens))]
+        request_id = as_ or prompt.handle
+        self._running[request_id] = prompt, blocks
+        endpoint, epoch = address
+        self._receiver.start(
+            Order(
+                request_id, prompt.handle, epoch, endpoint, prompt.token_ids, None, None, "model",
+                "tok", prompt.cached, blocks,
+            )
+        )  # fmt: skip
+
+    def cancel(self, request_id: str) -> None:
+        self._receiver.cancel(request_id)
+
+    def outcome(self, request_id: str, within_s: float = PATIENCE_S) -> Outcome:
+        """Waits for the pull's end."""
+        until = time.monotonic() + within_s
+        while request_id not in self._outcomes:
+            left = until - time.monotonic()
+            assert left > 0, f"{request_id} hangs"
+            self._take(self._receiver.ended(left))
+        return self._outcomes.pop(request_id)
+
+    def seconds(self, request_id: str) -> tuple[Outcome, float]:
+        began = time.monotonic()
+        return self.outcome(request_id), time.monotonic() - began
+
+    def running(self) -> int:
+        self._take(self._receiver.ended())
+        return len(self._running)
+
+    def changed(self) -> list[int]:
+        """Blocks that differ from what they must hold, those of running pulls left out."""
+        wanted = {b for p, blocks in self._running.values() for b in self._own(p, blocks)}
+        differ = (self._known != self._kv.array).any(axis=(0, 2, 3, 4))
+        return [int(b) for b in np.flatnonzero(differ) if int(b) not in wanted]
+
+    def hold(self) -> None:
+        """Whatever reads begin from now on stay in flight."""
+        for watched in self.watched:
+            watched.open.clear()
+
+    def go_on(self) -> None:
+        for watched in self.watched:
+            watched.open.set()
+
+    def reads(self) -> int:
+        return sum(w.begun for w in self.watched)
+
+    def await_opened(self) -> None:
+        """Until there is a connection to a sender."""
+        until = time.monotonic() + PATIENCE_S
+        while not any(w.connected for w in self.watched):
+            assert time.monotonic() < until, "nothing is connected"
+            time.sleep(STEP_S)
+
+    def await_reading(self, reads: int = 1) -> None:
+        """Until so many reads have begun in all."""
+        until = time.monotonic() + PATIENCE_S
+        while self.reads() < reads:
+            assert time.monotonic() < until, "nothing is read"
+            time.sleep(STEP_S)
+
+    def connect_slowly(self, seconds: float) -> None:
+        for watched in self.watched:
+            watched.connect_s = seconds
+
+    def damage(self, at: int) -> None:
+        """Flip a byte of the read that ends next, at this offset of its unit."""
+        for watched in self.watched:
+            watched.damage_at = at
+
+    def bytes_at_once(self) -> int:
+        return max(w.most for w in self.watched)
+
+    def resources(self) -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    def close(self) -> None:
+        self._receiver.close()
+        self._take(self._receiver.ended())
+
+    def _own(self, prompt: Prompt, blocks: list[int]) -> list[int]:
+        return blocks[prompt.cached // self._receives.cut.block_tokens :]
+
+    def _take(self, ended: list[Pulled]) -> None:
+        for pulled in ended:
+            prompt, blocks = self._running.pop(pulled.request_id)
+            right = self._kv.holds(prompt, blocks)
+            self._outcomes[pulled.request_id] = Outcome(pulled, right)
+            own = self._own(prompt, blocks)
+            self._known[:, own] = self._kv.array[:, own]
+            self._free = blocks + self._free
+
+
+# ------------------------------------------------------------------------- the two together
+
+
+class Near:
+    """An actor in this process, spoken to like one in another."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def ask(self, word: str, *arguments: Any) -> Any:
+        return getattr(self.actor, word)(*arguments)
+
+    def end(self) -> None:
+        self.actor.close()
+
+
+class World:
+    """Senders and receivers over one transport; all end with it."""
+
+    def __init__(self, transport: str, *, near: bool = False) -> None:
+        """`near`: both sides in this process, which `memory` always are."""
+        self.name, self._near = transport, near or transport == "memory"
+        self._memory = MemoryTransport() if transport == "memory" else None
+        self._sides: list[Near | Remote] = []
+
+    @property
+    def memory(self) -> MemoryTransport:
+        assert self._memory is not None
+        return self._memory
+
+    def sender(self, **settings: Any) -> Any:
+        sends = Sends((self.name,), **settings)
+        return self._keep(partial(Prefill, sends))
+
+    def receiver(self, **settings: Any) -> Any:
+        receives = Receives((self.name,), **settings)
+        return self._keep(partial(Decode, receives))
+
+    def _keep(self, make: Any) -> Near | Remote:
+        side = Near(make(self._memory)) if self._near else Remote(make)
+        self._sides.append(side)
+        return side
+
+    def end(self) -> None:
+        for side in reversed(self._sides):
+            side.end()
+
+
+def only(*names: str) -> Any:
+    """These transports instead of all."""
+    return pytest.mark.parametrize("world", names, indirect=True)
+
+
+def well(outcome: Outcome) -> Pulled:
+    """It ended well, with the prompt's own KV."""
+    assert outcome.pulled.error is None, outcome.pulled.error
+    assert outcome.right
+    return outcome.pulled

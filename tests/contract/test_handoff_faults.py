@@ -1,0 +1,111 @@
+"""Either side killed or stopped at each step of a handoff, between real processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.contract.handoff_rig import LEASE_S, TIMES, Prompt, World, only, well
+
+STEPS = ("before it opens", "followed", "between chunks", "in mid-read", "sealed")
+BOUND_S = max(TIMES.answer_s + TIMES.beat_s, TIMES.read_s) + 4.0
+"""A deadline, the fence, and up to 3 s that a transport may take to connect."""
+PROMPT_BLOCKS = 8
+
+processes = only("tcp", "ucx", "collective")
+signals = pytest.mark.parametrize("how", ["kill", "stop"])
+
+
+def lead_to(step: str, sender: Any, receiver: Any, handle: str) -> None:
+    """A handoff as far as that step. Reads are held up from the one that must not end."""
+    prompt, at = Prompt(handle, tokens=8 * PROMPT_BLOCKS), STEPS.index(step)
+    if not at:
+        return
+    receiver.ask("follow", prompt, sender.ask("address"))
+    receiver.ask("await_opened")
+    sender.ask("arrive", prompt)
+    if at == 1:
+        return
+    reads = receiver.ask("reads")
+    if at == 3:
+        receiver.ask("hold")
+    sender.ask("compute", handle, 3)
+    receiver.ask("await_reading", reads + 1)
+    if at == 4:
+        receiver.ask("hold")
+        sender.ask("compute", handle, 5)
+        sender.ask("seal", handle)
+        receiver.ask("await_reading", reads + 2)
+
+
+def hand_over(sender: Any, receiver: Any, handle: str) -> None:
+    prompt = Prompt(handle, tokens=61)
+    receiver.ask("follow", prompt, sender.ask("address"))
+    sender.ask("send", prompt)
+    well(receiver.ask("outcome", handle))
+    assert sender.ask("await_ended", [handle], LEASE_S / 2)
+
+
+@processes
+@signals
+def test_a_sender_that_fails_at_any_step_fails_its_pull_in_time_and_nothing_else(
+    world: World, how: str
+) -> None:
+    receiver, sender = world.receiver(), world.sender(epoch="0")
+    hand_over(sender, receiver, "first")
+    for number, step in enumerate(STEPS):
+        handle = f"{how}{number}"
+        address = sender.ask("address")
+        lead_to(step, sender, receiver, handle)
+        getattr(sender, how)()
+        if not number:
+            receiver.ask("follow", Prompt(handle, tokens=61), address)
+        receiver.ask("go_on")
+        outcome, seconds = receiver.ask("seconds", handle)
+        if step != "sealed" or outcome.pulled.error is not None:
+            assert outcome.pulled.error, step
+        else:  # All of it was here, and the lease known to run.
+            assert outcome.right, step
+        assert seconds < BOUND_S, step
+        assert receiver.ask("changed") == [], step
+        if how == "stop":
+            sender.wake()
+            sender.ask("give_up")
+            assert sender.ask("leases")[0] == 0 or sender.ask("await_no_lease", LEASE_S + 1), step
+        else:
+            port = int(address[0].rpartition(":")[2])
+            sender = world.sender(epoch=str(number + 1), port=port)
+        hand_over(sender, receiver, f"{handle} next")
+
+
+@processes
+@signals
+def test_a_receiver_that_fails_at_any_step_costs_a_sender_no_more_than_a_lease(
+    world: World, how: str
+) -> None:
+    sender, receivers = world.sender(), {step: world.receiver() for step in STEPS}
+    for step, receiver in receivers.items():
+        lead_to(step, sender, receiver, step)
+        getattr(receiver, how)()
+    for step in STEPS:
+        finish(sender, step, PROMPT_BLOCKS)
+    assert sender.ask("await_ended", list(STEPS), LEASE_S + 1)
+    assert sender.ask("leases")[0] == 0
+    if how == "kill":
+        hand_over(sender, world.receiver(), "next")
+        return
+    for step, receiver in receivers.items():
+        receiver.wake()
+        receiver.ask("go_on")
+        if step != STEPS[0]:
+            assert receiver.ask("outcome", step).pulled.error, step
+        hand_over(sender, receiver, f"{step} next")
+        assert receiver.ask("changed") == [], step
+
+
+def finish(sender: Any, handle: str, blocks: int) -> None:
+    """What an engine does whoever follows."""
+    if sender.ask("arrive", Prompt(handle, tokens=8 * blocks)) or not sender.ask("sealed", handle):
+        sender.ask("compute", handle, blocks)
+        sender.ask("seal", handle)
