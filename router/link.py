@@ -62,6 +62,8 @@ class Link:
         self.address = address
         self.worker_id: str | None = None
         self.refused: str | None = None
+        self._deaf = False
+        """The socket will never try again by itself."""
         self._links = links
         self._loop = asyncio.get_running_loop()
         self._open()
