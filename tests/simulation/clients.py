@@ -57,6 +57,7 @@ class Clients:
     def __init__(self, plan: Plan, events: Events) -> None:
         self.requests: dict[str, Request] = {}
         self.open = 0
+        self.heard_at = 0.0
         self.dispatch: Dispatch
         self._max_model_len = plan.workers[0].settings.max_model_len
         self._events = events
@@ -88,6 +89,7 @@ class Clients:
     # ------------------------------------------------------------ the dispatch's sink
 
     def deliver(self, deltas: list[Delta], prompt_extras: dict[str, bytes]) -> None:
+        self.heard_at = self._events.now
         enough = []
         for delta in deltas:
             request = self._still_open(delta.request_id, "tokens")
@@ -111,6 +113,7 @@ class Clients:
             self.dispatch.enough(enough)
 
     def fail(self, request_id: str, error: RouterError) -> None:
+        self.heard_at = self._events.now
         self._end(self._still_open(request_id, f"{error!r}"), "failed", error)
 
     def _still_open(self, request_id: str, what: str) -> Request:

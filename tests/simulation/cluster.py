@@ -114,7 +114,7 @@ class Cluster:
         if load.waiting and load.blocks_free * host.plan.settings.block_tokens < 128:
             self.counts["memory full"] += 1
         now = self.loop.time()
-        for owed in host.life.watch.owed.values():
+        for owed in host.life.watch.still_owed():
             self._audit_owed(host, owed, now)
         awake = not host.life.process.stopped and not host.life.engine_process.stopped
         in_trouble = self.trouble.touched({host.name}, now, now)

@@ -56,8 +56,7 @@ class FrailEngine:
             self._engine.submit(generate)
             return
         failed = Delta(generate.request_id, [], Finish.ERROR, error="out of luck")
-        loop = asyncio.get_running_loop()
-        loop.call_soon(self._on_step, self.load(), [failed], context=self._process.context)
+        asyncio.get_running_loop().call_soon(self._on_step, self.load(), [failed])
 
     def abort(self, request_ids: Iterable[str]) -> None:
         self._engine.abort(request_ids)
