@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.contract.handoff_rig import LEASE_S, TIMES, Prompt, World, only, well
+from tests.contract.handoff_rig import LEASE_S, TIMES, World, only, well
+from tests.contract.numpy_kv import Prompt
 
 STEPS = ("before it opens", "followed", "between chunks", "in mid-read", "sealed")
 BOUND_S = max(TIMES.answer_s + TIMES.beat_s, TIMES.read_s) + 4.0
