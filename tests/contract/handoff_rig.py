@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -284,10 +282,12 @@ class Decode:
     def reads(self) -> int:
         return sum(w.begun for w in self.watched)
 
-    def await_opened(self) -> None:
-        """Until there is a connection to a sender."""
+    def connected(self) -> int:
+        return sum(w.connected for w in self.watched)
+
+    def await_connected(self, senders: int) -> None:
         until = time.monotonic() + PATIENCE_S
-        while not any(w.connected for w in self.watched):
+        while self.connected() < senders:
             assert time.monotonic() < until, "nothing is connected"
             time.sleep(STEP_S)
 
@@ -318,9 +318,6 @@ class Decode:
 
     def bytes_at_once(self) -> int:
         return max(w.most for w in self.watched)
-
-    def resources(self) -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), threading.active_count()
 
     def close(self) -> None:
         self._receiver.close()

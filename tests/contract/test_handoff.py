@@ -70,8 +70,14 @@ SPLITS = {
 }
 
 
-@only("memory", "tcp")
-@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize(
+    ("world", "split"),
+    [
+        *(pytest.param("memory", split, id=f"memory-{name}") for name, split in SPLITS.items()),
+        pytest.param("tcp", SPLITS["both"], id="tcp-both"),
+    ],
+    indirect=["world"],
+)
 def test_every_head_of_every_token_arrives_whatever_the_two_cuts(
     world: World, split: tuple[Cut, Cut]
 ) -> None:
