@@ -20,7 +20,7 @@ from kvtransfer.protocol import (
     Renew,
     Sealed,
 )
-from tests.contract.handoff_rig import Cut
+from tests.contract.numpy_kv import Cut
 
 POLL_MS = 5
 HELD_POLLS = 6

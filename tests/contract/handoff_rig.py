@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,23 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from xxhash import xxh3_64_intdigest
 
 from kvtransfer import checksums
-from kvtransfer.core.geometry import heads_of
 from kvtransfer.core.manifest import chain
-from kvtransfer.protocol import LINK_BYTES, Layout, Manifest, Region
+from kvtransfer.protocol import LINK_BYTES, Manifest, Region
 from kvtransfer.receiver import Mine, Order, Pulled, Receiver, Timeouts
 from kvtransfer.sender import Offered, Sender
-from kvtransfer.transports.api import Memory, Segment
 from kvtransfer.transports.choose import load
 from kvtransfer.transports.memory import MemoryTransport
+from tests.contract.numpy_kv import PLAIN, Cut, Kv, Prompt
 from tests.contract.transport_rig import Remote
 from tests.contract.watched import Watched
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from kvtransfer.transports.api import Offer, Transport
 
 TIMES = Timeouts(answer_s=1.0, read_s=2.0, beat_s=0.2)
@@ -37,92 +31,6 @@ STEP_S = 0.002
 """Between two looks at what no event tells of."""
 PATIENCE_S = 30.0
 """What takes longer than this has hung."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How one side's memory is cut. A block keeps heads apart, and a head its tokens."""
-
-    layers: int = 3
-    kv_heads: int = 4
-    block_tokens: int = 8
-    head_token_bytes: int = 64
-    ranks: int = 1
-    blocks: int = 96
-    by_token: bool = True
-
-    def layout(self, content: str = "numpy") -> Layout:
-        return Layout(
-            content, "u64", self.layers, self.kv_heads, self.head_token_bytes, self.block_tokens,
-            self.ranks, by_head=True, by_token=self.by_token,
-        )  # fmt: skip
-
-    def blocks_of(self, tokens: int) -> int:
-        return -(-tokens // self.block_tokens)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Its KV is a function of handle, layer, head and token: whoever has it can check it."""
-
-    handle: str
-    tokens: int
-    cached: int = 0
-    """At the receiver, of its own."""
-
-    @property
-    def seed(self) -> int:
-        return xxh3_64_intdigest(self.handle.encode())
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [(self.seed + 7 * i) % 50_000 for i in range(self.tokens)]
-
-    def kv(self, cut: Cut, heads: Iterable[int], tokens: Iterable[int]) -> np.ndarray:
-        """Shape (layers, heads, tokens, words)."""
-        words = np.arange(cut.head_token_bytes // 8, dtype=np.uint64)
-        axes = np.meshgrid(
-            np.arange(cut.layers, dtype=np.uint64), np.array(list(heads), dtype=np.uint64),
-            np.array(list(tokens), dtype=np.uint64), words, indexing="ij",
-        )  # fmt: skip
-        mixed = np.full(axes[0].shape, self.seed, dtype=np.uint64)
-        for axis in axes:
-            mixed = (mixed ^ axis) * np.uint64(0x9E3779B97F4A7C15)
-            mixed ^= mixed >> np.uint64(29)
-        return mixed
-
-
-class Kv:
-    """One rank's memory."""
-
-    def __init__(self, cut: Cut, rank: int, seed: int) -> None:
-        heads = heads_of(cut.layout(), rank)
-        self.cut, self.heads = cut, range(heads.first, heads.first + heads.count)
-        words = cut.head_token_bytes // 8
-        shape = (cut.layers, cut.blocks, heads.count, cut.block_tokens, words)
-        junk = np.random.default_rng(seed).integers(0, 2**63, size=shape, dtype=np.uint64)
-        self.array = junk
-        size = heads.count * cut.block_tokens * cut.head_token_bytes
-        self.memory = Memory(
-            tuple(Segment(layer.ctypes.data, size, size, cut.blocks) for layer in junk)
-        )
-
-    def write(self, prompt: Prompt, first: int, blocks: list[int]) -> None:
-        """What a step computes: the prompt's blocks from its block `first`."""
-        span = self.cut.block_tokens
-        for number, block in enumerate(blocks, first):
-            tokens = range(number * span, min((number + 1) * span, prompt.tokens))
-            self.array[:, block, :, : len(tokens)] = prompt.kv(self.cut, self.heads, tokens)
-
-    def holds(self, prompt: Prompt, blocks: list[int]) -> bool:
-        """From its first token that is not cached, in the prompt's `blocks`."""
-        span = self.cut.block_tokens
-        for number in range(prompt.cached // span, self.cut.blocks_of(prompt.tokens)):
-            tokens = range(number * span, min((number + 1) * span, prompt.tokens))
-            here = self.array[:, blocks[number], :, : len(tokens)]
-            if not np.array_equal(here, prompt.kv(self.cut, self.heads, tokens)):
-                return False
-        return True
 
 
 def _transport(name: str) -> Transport:
@@ -150,12 +58,13 @@ class Sends:
     """How a sending engine is set up."""
 
     transports: tuple[str, ...]
-    cut: Cut = Cut()
+    cut: Cut = PLAIN
     epoch: str = "first"
     lease_s: float = LEASE_S
     mode: checksums.Mode = checksums.Mode.FULL
     port: int = 0
     content: str = "numpy"
+    model: str = "model"
 
 
 class Prefill:
@@ -208,7 +117,8 @@ class Prefill:
         produced.sealed = True
         tail = produced.links[-LINK_BYTES:]
         tokens, blocks = produced.prompt.tokens, len(produced.links) // LINK_BYTES
-        self._sender.seal(handle, Manifest(tokens, blocks, tail, "model", "tok", first_token))
+        manifest = Manifest(tokens, blocks, tail, self._sends.model, "tok", first_token)
+        self._sender.seal(handle, manifest)
 
     def send(self, prompt: Prompt, chunk: int = 4) -> None:
         """All of it."""
@@ -288,7 +198,7 @@ class Receives:
     """How a receiving engine's rank is set up."""
 
     transports: tuple[str, ...]
-    cut: Cut = Cut()
+    cut: Cut = PLAIN
     rank: int = 0
     timeouts: Timeouts = TIMES
     in_flight_bytes_max: int = 256 << 20
@@ -372,10 +282,12 @@ class Decode:
     def reads(self) -> int:
         return sum(w.begun for w in self.watched)
 
-    def await_opened(self) -> None:
-        """Until there is a connection to a sender."""
+    def connected(self) -> int:
+        return sum(w.connected for w in self.watched)
+
+    def await_connected(self, senders: int) -> None:
         until = time.monotonic() + PATIENCE_S
-        while not any(w.connected for w in self.watched):
+        while self.connected() < senders:
             assert time.monotonic() < until, "nothing is connected"
             time.sleep(STEP_S)
 
@@ -390,6 +302,15 @@ class Decode:
         for watched in self.watched:
             watched.connect_s = seconds
 
+    def postpone(self) -> None:
+        """The next read's bytes land only when they are told to."""
+        for watched in self.watched:
+            watched.next_is_late = True
+
+    def land(self) -> None:
+        for watched in self.watched:
+            watched.due.set()
+
     def damage(self, at: int) -> None:
         """Flip a byte of the read that ends next, at this offset of its unit."""
         for watched in self.watched:
@@ -397,9 +318,6 @@ class Decode:
 
     def bytes_at_once(self) -> int:
         return max(w.most for w in self.watched)
-
-    def resources(self) -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), threading.active_count()
 
     def close(self) -> None:
         self._receiver.close()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from kvtransfer.checksums import Mode
 from kvtransfer.receiver import Timeouts
-from tests.contract.handoff_rig import LEASE_S, Cut, Prompt, World, only, well
+from tests.contract.handoff_rig import LEASE_S, World, only, well
+from tests.contract.numpy_kv import Cut, Prompt
 
 
 def test_what_is_announced_is_read_before_the_seal_and_freed_at_once_after_it(
@@ -43,7 +45,7 @@ def test_a_follower_that_comes_after_the_seal_gets_everything(world: World) -> N
 
 def test_a_hundred_pulls_at_once_all_end_well(world: World) -> None:
     cut = Cut(blocks=700)
-    sender, receiver = world.sender(cut=cut), world.receiver(cut=cut)
+    sender, receiver = world.sender(cut=cut, mode=Mode.SAMPLED), world.receiver(cut=cut)
     prompts = [Prompt(f"h{i}", tokens=1 + i % 50, cached=8 * (i % 50 // 8)) for i in range(100)]
     for prompt in prompts:
         receiver.ask("follow", prompt, sender.ask("address"))
@@ -68,8 +70,14 @@ SPLITS = {
 }
 
 
-@only("memory", "tcp")
-@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize(
+    ("world", "split"),
+    [
+        *(pytest.param("memory", split, id=f"memory-{name}") for name, split in SPLITS.items()),
+        pytest.param("tcp", SPLITS["both"], id="tcp-both"),
+    ],
+    indirect=["world"],
+)
 def test_every_head_of_every_token_arrives_whatever_the_two_cuts(
     world: World, split: tuple[Cut, Cut]
 ) -> None:
@@ -84,6 +92,23 @@ def test_every_head_of_every_token_arrives_whatever_the_two_cuts(
         well(receiver.ask("outcome", "h"))
         assert receiver.ask("changed") == []
     assert sender.ask("await_ended", ["h"], LEASE_S / 2), "when every rank has released it"
+
+
+@only("memory")
+def test_a_handle_is_kept_until_every_rank_has_released_it(world: World) -> None:
+    sender = world.sender(mode=Mode.OFF)
+    slow, quick = (world.receiver(cut=Cut(ranks=2), rank=rank) for rank in range(2))
+    prompt = Prompt("h", tokens=75)
+    slow.ask("hold")
+    for receiver in (slow, quick):
+        receiver.ask("follow", prompt, sender.ask("address"))
+    sender.ask("send", prompt)
+    slow.ask("await_reading")
+    well(quick.ask("outcome", "h"))
+    assert not sender.ask("await_ended", ["h"], 0.2), "what is freed is overwritten"
+    slow.ask("go_on")
+    well(slow.ask("outcome", "h"))
+    assert sender.ask("await_ended", ["h"], LEASE_S / 2)
 
 
 UNLIKE = {
@@ -122,6 +147,37 @@ def test_a_prompt_that_never_comes_ends_its_pull_within_a_lease(world: World) ->
     assert "its prompt never came" in outcome.pulled.error
     assert seconds < LEASE_S + 1
     assert not sender.ask("arrive", Prompt("h", tokens=40)), "whoever wanted it has left"
+
+
+@only("memory")
+@pytest.mark.parametrize("same", [0, 31, 32, 60])
+def test_no_block_of_another_prompt_is_read_and_both_links_are_named(
+    world: World, same: int
+) -> None:
+    sender = world.sender(mode=Mode.OFF, cut=Cut(blocks=40))
+    receiver = world.receiver(cut=Cut(blocks=40), in_flight_bytes_max=6144)
+    receiver.ask("follow", Prompt("h", tokens=61), sender.ask("address"))
+    sender.ask("send", Prompt("h", tokens=61, same=same), 1)
+    pulled = receiver.ask("outcome", "h").pulled
+    assert pulled.mismatched
+    wrong = same // 8
+    assert re.search(
+        f"differs at block {wrong}: sender has [0-9a-f]{{32}}, receiver [0-9a-f]{{32}}",
+        pulled.error,
+    )
+    assert receiver.ask("reads") <= wrong
+    assert sender.ask("await_ended", ["h"], LEASE_S / 2)
+
+
+@only("memory")
+def test_a_manifest_of_another_model_is_refused_naming_both(world: World) -> None:
+    sender, receiver = world.sender(model="llama"), world.receiver()
+    sender.ask("send", Prompt("h", tokens=61))
+    receiver.ask("follow", Prompt("h", tokens=61), sender.ask("address"))
+    pulled = receiver.ask("outcome", "h").pulled
+    assert pulled.mismatched
+    assert pulled.error == "model digest differs: sender has llama, receiver model"
+    assert sender.ask("await_ended", ["h"], LEASE_S / 2)
 
 
 @only("memory")

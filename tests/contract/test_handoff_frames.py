@@ -28,17 +28,8 @@ from kvtransfer.protocol import (
 from kvtransfer.receiver import Timeouts
 from kvtransfer.transports.memory import MemoryTransport
 from tests.contract.bad_line import BadLine
-from tests.contract.handoff_rig import (
-    Cut,
-    Decode,
-    Prefill,
-    Prompt,
-    Receives,
-    Sends,
-    World,
-    only,
-    well,
-)
+from tests.contract.handoff_rig import Decode, Prefill, Receives, Sends, World, only, well
+from tests.contract.numpy_kv import Cut, Prompt
 
 TIMES = Timeouts(answer_s=0.4, read_s=0.6, beat_s=0.05)
 LEASE_S = 0.8
@@ -102,6 +93,9 @@ def compute(prefill: Prefill, prompt: Prompt, cut: Cut, chance: random.Random) -
         time.sleep(chance.choice([0, 0, 0.002, 0.01]))
         if chance.random() < 0.1:
             prefill.preempt(prompt.handle)
+    if chance.random() < 0.3:  # All of it was announced, and may have been read.
+        prefill.preempt(prompt.handle)
+        prefill.compute(prompt.handle, cut.blocks)
     prefill.seal(prompt.handle)
     return True
 
@@ -140,6 +134,8 @@ def test_senseless_frames_neither_silence_a_sender_nor_free_what_is_read(world: 
             Follow(5, epoch, "h", 1, 2**62),
             Follow(6, epoch, "h", -1, -1),
             Follow(7, epoch, "other", 3, 2),
+            Follow(8, "former", "other", 0, 1),
+            Renew(9, "former", "h"),
             Release(epoch, "h", 0),
             Release(epoch, "h", 7),
             Release(epoch, "h"),
@@ -149,7 +145,7 @@ def test_senseless_frames_neither_silence_a_sender_nor_free_what_is_read(world: 
                 assert stranger.poll(5000), f"no answer to {frame}"
                 answer = msgspec.msgpack.decode(stranger.recv(), type=ToReceiver)
                 assert isinstance(answer, Rejected | Gone)
-        stranger.send(msgspec.msgpack.encode(Renew(8, epoch, "other")))
+        stranger.send(msgspec.msgpack.encode(Renew(10, epoch, "other")))
         assert stranger.poll(5000), "what was sent before this was heard"
     sender.ask("ended")  # What is freed is overwritten.
     receiver.ask("go_on")
@@ -222,3 +218,23 @@ def test_a_control_connection_that_is_cut_and_comes_back_costs_no_pull(world: Wo
         assert sender.ask("await_ended", ["h"], LEASE_S / 2)
     finally:
         relay.close()
+
+
+@only("memory")
+def test_what_is_read_after_its_lease_is_never_vouched_for(world: World) -> None:
+    sender = world.sender(lease_s=0.5, mode=Mode.OFF)
+    receiver = world.receiver(timeouts=Timeouts(answer_s=1.5, read_s=10, beat_s=0.1))
+    endpoint, epoch = sender.ask("address")
+    relay = Relay(endpoint)
+    try:
+        receiver.ask("hold")
+        receiver.ask("follow", Prompt("h", tokens=64), (relay.endpoint, epoch))
+        sender.ask("send", Prompt("h", tokens=64), 8)
+        receiver.ask("await_reading")
+    finally:
+        relay.close()
+    assert sender.ask("await_ended", ["h"], 2), "nobody renews"
+    receiver.ask("go_on")
+    outcome = receiver.ask("outcome", "h")
+    assert not outcome.right, "what is freed is overwritten, or this shows nothing"
+    assert "did not answer" in outcome.pulled.error

@@ -12,7 +12,8 @@ import pytest
 
 from kvtransfer.checksums import Mode, sampled_layers
 from kvtransfer.receiver import Timeouts
-from tests.contract.handoff_rig import LEASE_S, Cut, Prompt, World, only, well
+from tests.contract.handoff_rig import LEASE_S, World, only, well
+from tests.contract.numpy_kv import Cut, Prompt
 
 SUM = "[0-9a-f]{16}"
 
@@ -117,6 +118,26 @@ def test_without_checksums_too_a_preempted_generation_is_never_used(world: World
         well(receiver.ask("outcome", prompt.handle))
 
 
+@only("memory")
+def test_nothing_is_read_anew_while_a_preempted_read_may_still_land(world: World) -> None:
+    sender, receiver = world.sender(mode=Mode.OFF), world.receiver()
+    prompt, other = Prompt("h", tokens=75), Prompt("other", tokens=40)
+    receiver.ask("postpone")
+    receiver.ask("follow", prompt, sender.ask("address"))
+    sender.ask("arrive", prompt)
+    sender.ask("compute", "h", 4)
+    receiver.ask("await_reading", 1)
+    sender.ask("preempt", "h")
+    sender.ask("compute", "h", 10)
+    sender.ask("seal", "h")
+    receiver.ask("follow", other, sender.ask("address"))  # Its end: all news has been heard.
+    sender.ask("send", other)
+    well(receiver.ask("outcome", "other"))
+    assert receiver.ask("running") == 1
+    receiver.ask("land")
+    well(receiver.ask("outcome", "h"))
+
+
 # ------------------------------------------------------------ quarantine
 
 LARGE = Cut(head_token_bytes=8192)
@@ -177,8 +198,14 @@ def test_bytes_in_flight_never_exceed_the_bound_and_none_of_it_idles(world: Worl
     for prompt in prompts:
         sender.ask("send", prompt)
     began = time.monotonic()
+    receiver.ask("hold")
     for prompt in prompts:
         receiver.ask("follow", prompt, sender.ask("address"))
+    receiver.ask("await_reading")
+    for i in range(3):  # Refused, which shows that the receiver has had its turns meanwhile.
+        receiver.ask("follow", Prompt(f"old{i}", tokens=8), (sender.ask("address")[0], "former"))
+        assert receiver.ask("outcome", f"old{i}").pulled.error
+    receiver.ask("go_on")
     for prompt in prompts:
         well(receiver.ask("outcome", prompt.handle))
     assert bound // 2 < receiver.ask("bytes_at_once") <= bound

@@ -28,6 +28,9 @@ class Watched:
         self.flying = 0
         self.most = 0
         """Bytes in flight at once."""
+        self.next_is_late = False
+        """The next read's bytes come only when `due` is set."""
+        self.due = threading.Event()
         self.damage_at: int | None = None
         """Where in its first unit the next read that ends is to be damaged, once."""
 
@@ -54,18 +57,22 @@ class WatchedPeer:
         self._fenced = False
 
     def read(self, local: Units, remote: Units) -> Any:
-        handle = self._inner.read(local, remote)
+        late, self._watched.next_is_late = self._watched.next_is_late, False
+        handle = None if late else self._inner.read(local, remote)
         watched, size = self._watched, len(local) * self._unit_bytes
         watched.flying += size
         watched.most = max(watched.most, watched.flying)
         watched.begun += 1
-        found = (handle, local.copy())
+        found = [handle, local.copy(), remote.copy()]
         self._flying[id(found)] = size
         return found
 
     def poll(self, handle: Any) -> Progress:
-        if not self._watched.open.is_set():
+        late = handle[0] is None
+        if not self._watched.open.is_set() or (late and not self._watched.due.is_set()):
             return Progress.PENDING
+        if late:
+            handle[0] = self._inner.read(handle[1], handle[2])
         progress = self._inner.poll(handle[0])
         if progress is not Progress.PENDING:
             self._watched.flying -= self._flying.pop(id(handle), 0)

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from kvtransfer.core.geometry import Unlike, heads_of, refusal, routes
 from kvtransfer.core.manifest import Expectation, chain, mismatch, other_block
-from kvtransfer.core.pulling import Pull, Timeouts, Wanted
+from kvtransfer.core.pulling import AskFollow, Pull, Timeouts, Wanted
 from kvtransfer.protocol import (
     LINK_BYTES,
     VERSION,
     Blocks,
     Layout,
     Manifest,
+    Sealed,
     TicketUnreadable,
     decode_ticket,
     encode_ticket,
@@ -215,3 +216,13 @@ def test_news_of_no_blocks_changes_nothing() -> None:
     pull.blocks(Blocks("h", 9, 0, [], b"", []), 1.0)
     pull.blocks(Blocks("h", 0, 0, [7, 8], links, []), 1.0)
     assert pull.next_read(9, 1.0) == (1, range(2)), "generation 9 was none"
+
+
+def test_a_seal_vouches_for_no_block_of_an_earlier_generation() -> None:
+    pull, links = pull_of(8)
+    pull.blocks(Blocks("h", 0, 0, [7, 8], links, []), 1.0)
+    number, _ = pull.next_read(9, 1.0) or (0, None)
+    pull.read_done(number, 1.0)
+    manifest = Manifest(8, 2, links[-LINK_BYTES:], "m", "t", None)
+    assert pull.seal(Sealed("h", 1, manifest), 1.0) == [AskFollow()]
+    assert not pull.ended
