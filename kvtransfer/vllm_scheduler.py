@@ -33,6 +33,10 @@ class _Produced:
     generation: int = 0
     planned: int = 0
     """Blocks of this generation that some step completes, the present one included."""
+    after: int = 0
+    """Tokens that are computed after the present step; 0 before the first."""
+    told: bool = False
+    """That its last step has come."""
     manifest: Manifest | None = None
     """Set when the request has finished; sealed once every block is announced."""
 
@@ -53,6 +57,7 @@ class SchedulerHalf:
         self._lease_s = float(extra("lease_s", 30.0))
         self._checksums: str = extra("checksums", "sampled")
         self._block_tokens: int = vllm_config.cache_config.block_size
+        self._step_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
         self._facts: WorkerFacts | None = None
         self._block_bytes = 0
         self._blocks: KVCacheManager | None = None
@@ -219,6 +224,7 @@ class SchedulerHalf:
                 produced.planned = 0
                 self._sender.restart(produced.handle, produced.generation)
             after = begun[request_id] + tokens
+            produced.after = after
             whole = after >= produced.request.num_prompt_tokens
             blocks = produced.blocks if whole else after // self._block_tokens
             if blocks > produced.planned:
@@ -247,12 +253,22 @@ class SchedulerHalf:
         for request_id in output.finished_recving or ():
             self._pulling.pop(request_id, None)
 
+    def _in_last_step(self, produced: _Produced) -> bool:
+        """News: the present step, or the next, completes this prompt."""
+        left = produced.request.num_prompt_tokens - produced.after
+        begun = produced.after > 0 and produced.manifest is None
+        return begun and not produced.told and left <= self._step_tokens
+
     def take_stats(self) -> HandoffStats:
         facts, sender = self._facts, self._sender
         failures, self._failures = self._failures, []
+        last_steps = [r for r, p in self._produced.items() if self._in_last_step(p)]
+        for request_id in last_steps:
+            self._produced[request_id].told = True
         return HandoffStats(
             {
                 "pulls": failures,
+                "last_steps": last_steps,
                 "leases_open": sender.leases_open if sender else 0,
                 "leases_expired": sender.leases_expired_total if sender else 0,
                 "endpoint": sender.endpoint if sender else "",

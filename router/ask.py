@@ -11,6 +11,9 @@ class Reserve(StrEnum):
 
     AT_DISPATCH = "at_dispatch"
     """At once: what is computed is read while the rest is being computed."""
+    AT_LAST_STEP = "at_last_step"
+    """When the step begins that completes the prompt: all that came before is read meanwhile. For
+    prompts of one step it is as `AT_PREFILL_DONE`."""
     AT_PREFILL_DONE = "at_prefill_done"
     """Afterwards: its memory serves others meanwhile, and the whole prompt is read at the end."""
 
@@ -32,3 +35,8 @@ class Ask:
     """Tokens at the prompt's end that the client has already."""
     name: str = ""
     """What the client calls the request; for `explain`, several asks may share it."""
+
+    @property
+    def only_one(self) -> bool:
+        """The prefill worker says all there is to say: nothing is handed off."""
+        return self.relay and self.max_tokens == 1

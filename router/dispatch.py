@@ -170,6 +170,10 @@ class Dispatch:
     def _on_delta(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
         now = live.progress_at
         prefill = delta.request_id.endswith(PREFILL_SUFFIX)
+        if delta.last_step:
+            if self._reserve is Reserve.AT_LAST_STEP and not live.ask.only_one:
+                self._advance(live, life.LastStep(), now)
+            return
         match delta.finish:
             case Finish.ERROR | Finish.REFUSED | Finish.ABORT:
                 reason = delta.error or f"it ended with {delta.finish}"
@@ -304,8 +308,8 @@ class Dispatch:
         if prefill is None:
             return life.Placed(None, placement.decode)
         ticket = make_ticket(prefill.hello, live.wire_id + PREFILL_SUFFIX)
-        only_one = ask.relay and ask.max_tokens == 1  # Then nothing is handed off.
-        reserve = self._reserve is Reserve.AT_DISPATCH and ticket is not None and not only_one
+        at_once = self._reserve is Reserve.AT_DISPATCH and not ask.only_one
+        reserve = at_once and ticket is not None
         return life.Placed(prefill.id, placement.decode, ticket, reserve)
 
     def _generate(self, live: _Live, worker: str, phase: Phase, ticket: bytes | None) -> None:

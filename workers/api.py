@@ -208,6 +208,8 @@ class Delta(_Message, frozen=True):
     kv_failed: str | None = None
     """Why a pull failed. The worker computed the prompt itself and went on."""
     error: str | None = None
+    last_step: bool = False
+    """Of a prefill, with nothing else: the step that completes the prompt has begun, or is next."""
 
 
 class Load(_Message, frozen=True):

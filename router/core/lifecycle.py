@@ -16,7 +16,7 @@ state for that. The law is kept without one: a ticket that nobody awaits is rele
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from router.core.errors import (
@@ -104,6 +104,11 @@ class PrefillDone:
 
 
 @dataclass(frozen=True, slots=True)
+class LastStep:
+    """The prefill worker is about to be done."""
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillWasAll:
     """The first token was the last."""
 
@@ -147,7 +152,7 @@ class Stuck:
 
 
 Event = (
-    Placed | NotPlaced | PrefillDone | PrefillWasAll | Tokens
+    Placed | NotPlaced | LastStep | PrefillDone | PrefillWasAll | Tokens
     | Failed | Lost | ClientGone | Enough | Stuck
 )  # fmt: skip
 
@@ -248,6 +253,10 @@ def _prefilling(state: Prefilling, event: Event) -> Step:
             after = Decoding(state.decode, state.attempt, state.prefill, ticket, sent, relayed)
             told = _DELIVER if relayed else ()
             return after, told if state.reserved else (*told, SendDecode(state.decode, ticket))
+        case LastStep():
+            if state.reserved or state.ticket is None:
+                return state, ()
+            return replace(state, reserved=True), (SendDecode(state.decode, state.ticket),)
         case PrefillWasAll():
             return Ended(Outcome.FINISHED), (*_unreserve(state), *_DELIVER)
         case Tokens(count, finished):
@@ -303,7 +312,7 @@ def _decoding(state: Decoding, event: Event) -> Step:
                 return Ended(Outcome.FAILED), (FailClient(lost),)
             after, effects = _again(state.attempt, worker, lost)
             return after, (*_give_up_kv(state), *effects)
-        case Lost() | Failed() | PrefillDone() | PrefillWasAll():
+        case Lost() | Failed() | LastStep() | PrefillDone() | PrefillWasAll():
             return state, ()  # Whatever was not pulled yet, the decode worker computes itself.
         case ClientGone():
             return Ended(Outcome.CANCELLED), (AbortOn(state.decode), *_give_up_kv(state))

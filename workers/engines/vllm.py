@@ -47,6 +47,7 @@ class VllmEngine:
         """Tickets of prefills that were aborted last."""
         self._pulled: dict[str, dict[str, Any]] = {}
         """Pulls that are over, until their request's first delta tells of them."""
+        self._last_steps: list[str] = []
         self._rejected: list[Delta] = []
         self._rejected_now = asyncio.Event()
         self._steps = 0
@@ -191,12 +192,14 @@ class VllmEngine:
         self._stats = stats
         if stats.kv_connector_stats:
             self._connector = {**self._connector, **stats.kv_connector_stats}
+            self._last_steps += stats.kv_connector_stats.get("last_steps", [])
             for pull in stats.kv_connector_stats.get("pulls", []):
                 if (request_id := pull["request_id"]) in self._live:
                     self._pulled[request_id] = _merged(self._pulled.get(request_id), pull)
 
     def _deltas(self, outputs: EngineCoreOutputs) -> list[Delta]:
-        deltas = []
+        last_steps, self._last_steps = self._last_steps, []
+        deltas = [Delta(r, [], last_step=True) for r in last_steps if r in self._live]
         for output in outputs.outputs:
             generate = self._live.get(output.request_id)
             if generate is None:
