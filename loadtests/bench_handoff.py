@@ -34,7 +34,8 @@ CHUNK_TOKENS = 256
 FLAGS = [
     "--max-model-len", "4096", "--enforce-eager", "--max-num-batched-tokens", str(CHUNK_TOKENS),
 ]  # fmt: skip
-STREAMED, WHOLE, NIXL, AGGREGATED = "streamed", "whole", "NixlConnector", "aggregated"
+STREAMED, AT_ONCE, WHOLE = "streamed", "streamed, at dispatch", "whole"
+NIXL, AGGREGATED = "NixlConnector", "aggregated"
 HIDDEN_TARGET = 0.8
 
 
@@ -57,12 +58,16 @@ async def run(model: str, folder: str, repeats: int) -> dict[str, Any]:
     with ExitStack() as stack:
         _say("loading: five engines")
         ours = stack.enter_context(LocalGroup(model, flags=FLAGS, progress=_say))
+        at_once = ours.add_router("router-at-once", ["--reserve", "at_dispatch"])
         whole = ours.add_router("router-whole", ["--reserve", "at_prefill_done"])
         theirs = stack.enter_context(
             LocalGroup(model, flags=[*FLAGS, "--kv-connector", "nixl"], progress=_say)
         )
         one = stack.enter_context(Aggregated(folder, served_as=model, flags=FLAGS))
-        sides = {STREAMED: ours.url, WHOLE: whole.http, NIXL: theirs.url, AGGREGATED: one.url}
+        sides = {
+            STREAMED: ours.url, AT_ONCE: at_once.http, WHOLE: whole.http,
+            NIXL: theirs.url, AGGREGATED: one.url,
+        }  # fmt: skip
         timeout = aiohttp.ClientTimeout(total=120)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             found = await _measure(_Client(session, model), sides, repeats)
@@ -130,7 +135,7 @@ def _print(figures: dict[str, dict[int, dict[str, float]]], repeats: int) -> Non
     rows: list[list[str | float]] = []
     for tokens, side in itertools.product(PROMPT_TOKENS, figures):
         f, base = figures[side][tokens], figures[NIXL][tokens]
-        own = side in (STREAMED, WHOLE)
+        own = side in (STREAMED, AT_ONCE, WHOLE)
         rows.append(
             [
                 f"{tokens:,} tokens", side,

@@ -80,7 +80,7 @@ class Dispatch:
         sink: Sink,
         clock: Callable[[], float],
         journal: Journal | None = None,
-        reserve: Reserve = Reserve.AT_DISPATCH,
+        reserve: Reserve = Reserve.AT_LAST_STEP,
     ) -> None:
         self.fleet = Fleet()
         self._reserve = reserve

@@ -57,7 +57,7 @@ class RouterSettings(BaseSettings):
         None, description="where its address is written once the socket is bound"
     )
     reserve: Reserve = Field(
-        Reserve.AT_DISPATCH, description="when the decode worker sets blocks aside for a prompt"
+        Reserve.AT_LAST_STEP, description="when the decode worker sets blocks aside for a prompt"
     )
     curve_secret_file: Path | None = Field(
         None, description="its own secret key: encrypts the token channel"

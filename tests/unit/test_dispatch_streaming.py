@@ -55,6 +55,25 @@ def test_with_reservation_at_the_end_decode_is_asked_when_the_prefill_is_done() 
     assert asked[0][1].ticket == asked[1][1].ticket
 
 
+def test_with_reservation_at_the_last_step_decode_is_asked_when_that_begins() -> None:
+    f = pair(Reserve.AT_LAST_STEP)
+    f.dispatch.submit(Ask("r", [1, 2], 4, relay=True))
+    assert [w for w, _ in generates(f)] == ["p"]
+    f.say("p", Delta("r/p", [], last_step=True))
+    assert [w for w, _ in generates(f)] == ["p", "d"]
+    f.say("p", Delta("r/p", [7], Finish.PREFILLED))
+    f.say("d", Delta("r", [7, 8], Finish.STOP))
+    assert [w for w, _ in generates(f)] == ["p", "d"], "asked once"
+    assert f.got == {"r": [7, 8]}
+
+
+def test_a_prompt_of_one_step_is_handed_off_when_it_is_done() -> None:
+    f = pair(Reserve.AT_LAST_STEP)
+    f.dispatch.submit(Ask("r", [1, 2], 4))
+    f.say("p", Delta("r/p", [], Finish.PREFILLED))
+    assert [w for w, _ in generates(f)] == ["p", "d"]
+
+
 def test_the_relayed_token_is_told_once_and_first() -> None:
     f = pair()
     f.dispatch.submit(Ask("r", [1, 2], 4, relay=True))
@@ -134,13 +153,21 @@ def after(tokens: list[int]) -> int:
 _EVENTS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["prefill", "decode", "decode", "prefill fails", "decode fails", "recompute"]
+            [
+                "prefill",
+                "decode",
+                "decode",
+                "prefill fails",
+                "decode fails",
+                "recompute",
+                "prefill is in its last step",
+            ]
         ),
         st.sampled_from(["p1", "p2", "d1", "d2", "none", "none", "none", "none"]),
         st.integers(1, 3),
     ),
     max_size=25,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=300)
@@ -177,6 +204,8 @@ def test_whatever_happens_the_client_gets_what_one_engine_would_have_said(
         if kind.endswith("fails"):
             done.add(m.request_id)
             f.say(worker, Delta(m.request_id, [], Finish.ERROR, error="no"))
+        elif kind.endswith("last step"):
+            f.say(worker, Delta(m.request_id, [], last_step=True))
         elif phase is Phase.PREFILL:
             done.add(m.request_id)
             first = [after(m.prompt_token_ids)] if m.relay else []
