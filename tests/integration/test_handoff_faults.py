@@ -33,7 +33,8 @@ ERRORS = {"no_workers", "worker_lost", "worker_failed"}
 def frail() -> Iterator[LocalGroup]:
     """Short patience, so that faults show in seconds, and room for three long prompts a worker."""
     flags = [
-        *FLAGS, *OURS, "--num-gpu-blocks-override", "40", "--kv-answer-s", f"{ANSWER_S:g}", "--kv-read-s", f"{READ_S:g}",
+        *FLAGS, *OURS, "--num-gpu-blocks-override", "40",
+        "--kv-answer-s", f"{ANSWER_S:g}", "--kv-read-s", f"{READ_S:g}",
     ]  # fmt: skip
     with LocalGroup(MODEL, flags=flags) as running:
         yield running
