@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from router.dispatch import Ask
+from router.ask import Ask, Reserve
 from workers.api import Role
 from workers.engines.sim_model import SimSettings
 
@@ -82,6 +82,8 @@ class Plan:
     routers: tuple[str, ...]
     calls: tuple[Call, ...]
     faults: tuple[Fault, ...]
+    reserves: tuple[Reserve, ...]
+    """Of each router."""
 
     @property
     def calm(self) -> bool:
@@ -101,9 +103,12 @@ class Plan:
         return next(w.settings for w in self.workers if w.worker_id == worker_id)
 
     def describe(self) -> str:
-        roles = [f"{w.worker_id}({w.settings.blocks_total} blocks)" for w in self.workers]
+        roles = [
+            f"{w.worker_id}({w.settings.blocks_total} blocks{', streams' * w.settings.streams})"
+            for w in self.workers
+        ]
         return (
-            f"seed {self.seed}: {', '.join(roles)}; {len(self.routers)} routers, "
+            f"seed {self.seed}: {', '.join(roles)}; routers {', '.join(self.reserves)}; "
             f"{len(self.calls)} requests, lease {self.lease_s:.1f} s, "
             f"latency {self.latency_s * 1000:.1f} ms; faults: "
             + ("; ".join(f"{f.at:.2f} s {f.kind} {f.who} for {f.for_s:.1f} s" for f in self.faults)
@@ -122,7 +127,20 @@ def make_plan(seed: int) -> Plan:
     if not _calm(seed):
         faults = _faults(_stream(seed, "faults"), workers, routers, span_s)
     latency_s = _stream(seed, "network").choice((0.0002, 0.002, 0.02))
-    return Plan(seed, latency_s, workers, routers, calls, faults)
+    plan = Plan(seed, latency_s, workers, routers, calls, faults, ())
+    return _handing_off(_stream(seed, "streams"), plan)
+
+
+def _handing_off(rng: random.Random, plan: Plan) -> Plan:
+    """Most fleets hand off under their routers' handles, some in part, some not at all."""
+    share = rng.choice((0.0, 0.5, 1.0, 1.0, 1.0, 1.0))
+    workers = [
+        replace(w, settings=replace(w.settings, streams=rng.random() < share))
+        for w in plan.workers
+    ]  # fmt: skip
+    reserves = [rng.choice(list(Reserve)) for _ in plan.routers]
+    calls = [replace(c, ask=replace(c.ask, relay=rng.random() < 0.8)) for c in plan.calls]
+    return replace(plan, workers=tuple(workers), reserves=tuple(reserves), calls=tuple(calls))
 
 
 def _stream(seed: int, name: str) -> random.Random:
