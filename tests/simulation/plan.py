@@ -11,6 +11,7 @@ from workers.api import Role
 from workers.engines.sim_model import SimSettings
 
 FIRST_FAULT_S = 2.0
+ROOMY_TOKENS = 5000
 
 
 class Kind(StrEnum):
@@ -94,6 +95,12 @@ class Plan:
         return self.workers[0].settings.lease_s
 
     @property
+    def tokens_total(self) -> int:
+        """Room of each worker."""
+        s = self.workers[0].settings
+        return s.blocks_total * s.block_tokens
+
+    @property
     def quiet_at(self) -> float:
         """When the last call has come and the last fault is over."""
         ends = [f.at + f.for_s + f.limit_s for f in self.faults]
@@ -139,6 +146,10 @@ def _handing_off(rng: random.Random, plan: Plan) -> Plan:
         for w in plan.workers
     ]  # fmt: skip
     reserves = [rng.choice(list(Reserve)) for _ in plan.routers]
+    if plan.calm and plan.tokens_total < ROOMY_TOKENS:
+        # Prompts may wait for each other's blocks until a lease ends (docs/handoff.md), and in a
+        # calm run none does.
+        reserves = [Reserve.AT_LAST_STEP if r is Reserve.AT_DISPATCH else r for r in reserves]
     calls = [replace(c, ask=replace(c.ask, relay=rng.random() < 0.8)) for c in plan.calls]
     return replace(plan, workers=tuple(workers), reserves=tuple(reserves), calls=tuple(calls))
 
