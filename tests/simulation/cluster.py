@@ -60,8 +60,10 @@ class Cluster:
         self.trouble = Trouble()
         self.broken: list[BaseException] = []
         self.counts: Counter[str] = Counter()
-        handoffs = Handoffs(only_here=True)
-        self.workers = {w.worker_id: WorkerHost(w, self.network, handoffs) for w in plan.workers}
+        self.handoffs = Handoffs(only_here=True)
+        self.workers = {
+            w.worker_id: WorkerHost(w, self.network, self.handoffs) for w in plan.workers
+        }
         self.routers = {name: RouterHost(name, plan, self.network) for name in plan.routers}
         self.loop.set_exception_handler(self._on_exception)
 

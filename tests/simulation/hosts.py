@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from router.core.compat import RouterFacts
+from router.core.lifecycle import Prefilling
 from router.dispatch import Dispatch
 from router.link import Link, Links
 from tests.simulation.clients import Clients
@@ -247,12 +249,14 @@ class RouterHost:
         self.name = name
         self.process = Process(name)
         self.over = False
+        self.counts: Counter[str] = Counter()
         self.said: set[str] = set()
         self.worked_for: set[str] = set()
         """Requests that any worker was asked to work for."""
         self.clients = Clients(plan, network.events)
         self._network = network
-        self.dispatch = Dispatch(self._send, self.clients, network.loop.time)
+        reserve = dict(zip(plan.routers, plan.reserves, strict=True))[name]
+        self.dispatch = Dispatch(self._send, self.clients, network.loop.time, reserve=reserve)
         self.clients.dispatch = self.dispatch
         self.links = SimLinks(network, self.process, self.dispatch)
         self.links.connect(w.worker_id for w in plan.workers)
@@ -310,9 +314,17 @@ class RouterHost:
             begins = message.phase is not Phase.DECODE
             if view is None or (begins and view.load.draining):
                 raise Violation(f"{message.request_id} is placed on {worker_id}, which goes")
+            self._count(message)
             self.said.add(message.request_id)
             self.worked_for.add(message.request_id.split("/")[0])
         self.links.send(worker_id, message)
+
+    def _count(self, message: Generate) -> None:
+        state = self.dispatch._by_wire[message.request_id].state
+        early = message.phase is Phase.DECODE and isinstance(state, Prefilling)
+        self.counts["reserved early"] += early
+        self.counts["relay was all"] += message.relay and message.max_tokens == 1
+        self.counts["went on from a relayed token"] += message.generated > 0
 
 
 def _brief(message: ToWorker) -> Any:

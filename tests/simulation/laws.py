@@ -39,6 +39,7 @@ async def conclude(cluster: Cluster) -> None:
     await every_worker_is_known_again(cluster)
     await every_worker_is_used_again(cluster)
     for router in cluster.routers.values():
+        cluster.counts.update(router.counts)
         for request in router.clients.requests.values():
             an_end_has_its_reason(cluster, router, request)
     await nothing_is_kept(cluster)
@@ -82,7 +83,10 @@ async def every_worker_is_used_again(cluster: Cluster) -> None:
         await cluster.until(
             cluster.loop.time() + 2 * LOAD_INTERVAL_S
         )  # What others placed is told.
-        asks = [Ask(f"{router.name}-probe-{n}", [7 + n] * 60, 8) for n in range(2 * len(roles))]
+        asks = [
+            Ask(f"{router.name}-probe-{n}", [7 + n] * 60, 8, relay=n % 2 == 0)
+            for n in range(2 * len(roles))
+        ]
         now = cluster.loop.time()
         for ask in asks:
             router.ask(Call(now, router.name, ask, Departure()))
@@ -174,6 +178,9 @@ async def nothing_is_kept(cluster: Cluster) -> None:
         assert host.life is not None
         load = host.life.worker.load
         held = load.blocks_total - load.blocks_free
+        book = cluster.handoffs.book(host.life.epoch)
+        if book is None or book._live:
+            raise Violation(f"{host.name} still has handles: {book and book._live}")
         if held or load.leases_open or load.busy or load.prefill_tokens_queued:
             raise Violation(f"{host.name} still holds {held} blocks: {load}")
     for router in cluster.live_routers:

@@ -6,11 +6,12 @@ import random
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from router.dispatch import Ask
+from router.ask import Ask, Reserve
 from workers.api import Role
 from workers.engines.sim_model import SimSettings
 
 FIRST_FAULT_S = 2.0
+ROOMY_TOKENS = 5000
 
 
 class Kind(StrEnum):
@@ -82,6 +83,8 @@ class Plan:
     routers: tuple[str, ...]
     calls: tuple[Call, ...]
     faults: tuple[Fault, ...]
+    reserves: tuple[Reserve, ...]
+    """Of each router."""
 
     @property
     def calm(self) -> bool:
@@ -90,6 +93,12 @@ class Plan:
     @property
     def lease_s(self) -> float:
         return self.workers[0].settings.lease_s
+
+    @property
+    def tokens_total(self) -> int:
+        """Room of each worker."""
+        s = self.workers[0].settings
+        return s.blocks_total * s.block_tokens
 
     @property
     def quiet_at(self) -> float:
@@ -101,9 +110,12 @@ class Plan:
         return next(w.settings for w in self.workers if w.worker_id == worker_id)
 
     def describe(self) -> str:
-        roles = [f"{w.worker_id}({w.settings.blocks_total} blocks)" for w in self.workers]
+        roles = [
+            f"{w.worker_id}({w.settings.blocks_total} blocks{', streams' * w.settings.streams})"
+            for w in self.workers
+        ]
         return (
-            f"seed {self.seed}: {', '.join(roles)}; {len(self.routers)} routers, "
+            f"seed {self.seed}: {', '.join(roles)}; routers {', '.join(self.reserves)}; "
             f"{len(self.calls)} requests, lease {self.lease_s:.1f} s, "
             f"latency {self.latency_s * 1000:.1f} ms; faults: "
             + ("; ".join(f"{f.at:.2f} s {f.kind} {f.who} for {f.for_s:.1f} s" for f in self.faults)
@@ -122,7 +134,24 @@ def make_plan(seed: int) -> Plan:
     if not _calm(seed):
         faults = _faults(_stream(seed, "faults"), workers, routers, span_s)
     latency_s = _stream(seed, "network").choice((0.0002, 0.002, 0.02))
-    return Plan(seed, latency_s, workers, routers, calls, faults)
+    plan = Plan(seed, latency_s, workers, routers, calls, faults, ())
+    return _handing_off(_stream(seed, "streams"), plan)
+
+
+def _handing_off(rng: random.Random, plan: Plan) -> Plan:
+    """Most fleets hand off under their routers' handles, some in part, some not at all."""
+    share = rng.choice((0.0, 0.5, 1.0, 1.0, 1.0, 1.0))
+    workers = [
+        replace(w, settings=replace(w.settings, streams=rng.random() < share))
+        for w in plan.workers
+    ]  # fmt: skip
+    reserves = [rng.choice(list(Reserve)) for _ in plan.routers]
+    if plan.calm and plan.tokens_total < ROOMY_TOKENS:
+        # Prompts may wait for each other's blocks until a lease ends (docs/handoff.md), and in a
+        # calm run none does.
+        reserves = [Reserve.AT_LAST_STEP if r is Reserve.AT_DISPATCH else r for r in reserves]
+    calls = [replace(c, ask=replace(c.ask, relay=rng.random() < 0.8)) for c in plan.calls]
+    return replace(plan, workers=tuple(workers), reserves=tuple(reserves), calls=tuple(calls))
 
 
 def _stream(seed: int, name: str) -> random.Random:

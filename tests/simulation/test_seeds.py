@@ -45,6 +45,7 @@ def test_the_seeds_reach_what_they_are_for() -> None:
         *(f"ended {how}" for how in ("finished", "enough", "cancelled", "refused", "router died")),
         *(f"failed {c}" for c in ("invalid_request", "worker_lost", "worker_failed", "no_workers")),
         "handed off", "pull failed", "tried again", "memory full",
+        "reserved early", "relay was all", "went on from a relayed token",
     ]  # fmt: skip
     assert [w for w in wanted if _counts[w] < 3] == []
     assert any(make_plan(seed).calm for seed in range(COUNT))

@@ -24,6 +24,7 @@ class SimEngine:
     def __init__(self, settings: SimSettings, epoch: str, handoffs: Handoffs | None = None) -> None:
         """`handoffs`: one for all engines that share this process; else tickets are trusted."""
         self._settings = settings
+        self._streams = settings.streams and handoffs is not None and not settings.instant
         self._epoch = epoch
         self._handoffs = handoffs or Handoffs()
         self._model = SimModel(settings, epoch, self._handoffs)
@@ -43,6 +44,7 @@ class SimEngine:
             block_bytes=s.block_tokens * s.token_bytes,
             blocks_total=s.blocks_total,
             max_model_len=s.max_model_len,
+            handoff_endpoint="sim" if self._streams else "",
         )
 
     async def run(self, on_step: OnStep) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from kvtransfer.core.sending import Book
 from workers.engines.sim_leases import Leases
 
 if TYPE_CHECKING:
@@ -78,16 +79,24 @@ class Handoffs:
         self._leases: dict[str, Leases] = {}
         self._ended: dict[str, list[str]] = {}
         self._left: set[str] = set()
+        self._books: dict[str, Book] = {}
+        """Of handles that routers made up."""
 
     def join(self, epoch: str, lease_s: float) -> None:
         self._leases[epoch] = Leases(lease_s)
+        self._books[epoch] = Book(epoch, lease_s)
         self._ended[epoch] = []
 
     def leave(self, epoch: str) -> None:
         """The engine is gone: its tickets are worthless."""
         if self._leases.pop(epoch, None) is not None:
             self._ended.pop(epoch)
+            self._books.pop(epoch)
             self._left.add(epoch)
+
+    def book(self, epoch: str) -> Book | None:
+        """None when the engine is gone, or in another process."""
+        return self._books.get(epoch)
 
     def grant(self, epoch: str, handle: str, now: float) -> None:
         self._leases[epoch].grant(handle, now)
@@ -109,7 +118,10 @@ class Handoffs:
 
     def ended(self, epoch: str, now: float) -> list[str]:
         """Handles released or expired since the last call, each once."""
-        ended = self._ended[epoch] + self._leases[epoch].expire(now)
+        if (book := self._books.get(epoch)) is None:
+            return []
+        book.expire(now)
+        ended = self._ended[epoch] + self._leases[epoch].expire(now) + book.ended()
         self._ended[epoch] = []
         return ended
 

@@ -13,10 +13,9 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
-from workers.api import MALFORMED, Delta, Finish, Generate, Load, Phase
+from workers.api import Delta, Finish, Generate, Load, Phase
 from workers.engines.sim_blocks import BlockPool
+from workers.engines.sim_handoff import PULL_NAP_S, Awaited, Keeper, Pull, release, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 FIRST_TOKEN: Final = 100
 """Ids below are special tokens in most vocabularies."""
-PULL_NAP_S: Final = 0.001
-"""With nothing but pulls to wait for, look again this soon, as vLLM does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,33 +48,8 @@ class SimSettings:
     lease_s: float = 30.0
     instant: bool = False
     """Nothing takes time and no lease keeps anything: to measure what surrounds an engine."""
-
-
-class SimTicket(msgspec.Struct, frozen=True, array_like=True, tag="tandem-sim"):
-    epoch: str
-    handle: str
-    num_tokens: int
-    checksum: int
-    """Over the prompt, its salt included."""
-
-
-_encode_ticket = msgspec.msgpack.Encoder().encode
-_decode_ticket = msgspec.msgpack.Decoder(SimTicket).decode
-
-
-def read_ticket(content: bytes) -> SimTicket | None:
-    """None when it is no ticket of a simulated engine."""
-    try:
-        return _decode_ticket(content)
-    except MALFORMED:
-        return None
-
-
-@dataclass(slots=True)
-class _Pull:
-    ticket: SimTicket
-    ready_at: float
-    seconds: float
+    streams: bool = False
+    """Prompts are kept under handles that routers make up, for engines of the same process."""
 
 
 @dataclass(slots=True)
@@ -97,10 +69,19 @@ class _Run:
     fresh: int = 0
     cached: int | None = None
     """Prompt tokens found in the cache at the first admission."""
-    pull: _Pull | None = None
+    handle: str | None = None
+    """The router's, under which this prompt will be kept."""
+    told: bool = False
+    """That its last step is near."""
+    pull: Pull | None = None
     pulled: tuple[int, int, float] = (0, 0, 0.0)
     """Tokens, bytes, seconds."""
     pull_error: str | None = None
+
+    @property
+    def computes(self) -> bool:
+        """The prompt, here: none of it awaits another's, and no token is out."""
+        return not self.outputs and self.pull is None
 
     @property
     def order(self) -> tuple[int, int]:
@@ -119,8 +100,7 @@ class SimModel:
         self._waiting: list[tuple[int, int, str]] = []
         self._running: dict[str, _Run] = {}
         self._plan: list[tuple[_Run, int]] = []
-        self._kept: dict[str, tuple[list[int], int]] = {}
-        """Blocks of finished prefills by lease: shared, fresh."""
+        self._keeper = Keeper(epoch, handoffs)
         self._rejected: list[Delta] = []
         self._arrivals = 0
         self._steps = 0
@@ -152,6 +132,7 @@ class SimModel:
             checksum=zlib.crc32(array("I", prompt).tobytes()),
             hashes=hashes,
             length=len(prompt),
+            handle=self._keeper.expect(generate),
         )
         self._live[generate.request_id] = run
         heapq.heappush(self._waiting, (*run.order, generate.request_id))
@@ -161,11 +142,13 @@ class SimModel:
             if run := self._live.pop(request_id, None):
                 self._running.pop(request_id, None)
                 self._free(run)
+                self._keeper.cancel(run.handle, "the prefill was aborted")
+                if run.pull is not None:
+                    run.pull.source.abandon()
 
     def release(self, tickets: Iterable[bytes], now: float) -> None:
         for content in tickets:
-            if ticket := read_ticket(content):
-                self._handoffs.release(ticket.epoch, ticket.handle, now)
+            release(content, self._handoffs, now)
 
     def _wrong(self, generate: Generate) -> str | None:
         s, prompt = self.settings, generate.prompt_token_ids
@@ -207,8 +190,8 @@ class SimModel:
             return 0.0
         if self._plan:
             return s.step_s + prefill / s.prefill_tokens_per_s
-        pulls = [r.pull.ready_at - now for r in self._running.values() if r.pull]
-        return max(0.0, min([PULL_NAP_S, *pulls])) if self._live else 0.0
+        naps = [r.pull.look_again_s(now) for r in self._running.values() if r.pull]
+        return max(0.0, min(naps, default=PULL_NAP_S)) if self._live else 0.0
 
     def finish(self, now: float) -> list[Delta]:
         """End the step that `begin` chose. Requests aborted or preempted since bring nothing."""
@@ -222,16 +205,20 @@ class SimModel:
                 self._publish(run)
             if run.computed == run.length:
                 deltas.append(self._answer(run, now))
+            elif run.handle and run.length - run.computed <= self.settings.chunk_tokens:
+                if not run.told:
+                    deltas.append(Delta(run.generate.request_id, [], last_step=True))
+                run.told = True
         self._plan = []
         return deltas
 
     def load(self, now: float) -> Load:
         self._expire(now)
         waiting = len(self._live) - len(self._running)
-        queued = sum(r.length - r.computed for r in self._live.values() if not r.outputs)
+        queued = sum(r.length - r.computed for r in self._live.values() if r.computes)
         return Load(
             self._steps, self.busy, len(self._running), waiting, queued,
-            self._pool.free, self._pool.total, len(self._kept),
+            self._pool.free, self._pool.total, len(self._keeper),
         )  # fmt: skip
 
     # ------------------------------------------------------------ admission, growth, preemption
@@ -300,53 +287,68 @@ class SimModel:
     # ------------------------------------------------------------ handoff
 
     def _begin_pull(self, run: _Run, now: float) -> None:
-        generate, s = run.generate, self.settings
+        generate = run.generate
         if generate.phase is not Phase.DECODE or generate.ticket is None:
             return
-        ticket = read_ticket(generate.ticket)
-        if ticket is None:
+        me = f"{self._epoch}/{generate.request_id}".encode()
+        source = source_of(generate.ticket, self._handoffs, (run.length, run.checksum), me)
+        if source is None:
             run.pull_error = "the ticket is not readable"
-        elif (ticket.num_tokens, ticket.checksum) != (run.length, run.checksum):
-            run.pull_error = "the ticket is of another prompt"
-        elif reason := self._handoffs.hold(ticket.epoch, ticket.handle, now):
-            run.pull_error = reason
         else:
-            size = run.fresh * s.block_tokens * s.token_bytes
-            seconds = 0.0 if s.instant else s.pull_latency_s + size / s.pull_bytes_per_s
-            run.pull = _Pull(ticket, now + seconds, seconds)
+            run.pull = Pull(source)
+            self._look(run, run.pull, now)
+
+    def _look(self, run: _Run, pull: Pull, now: float) -> None:
+        """Whether its prompt is there to be read now."""
+        s = self.settings
+        try:
+            run.pull_error = pull.source.look(now)
+        except Awaited:
+            pull.early = True
+            return
+        if run.pull_error is not None:
+            run.pull = None
+            return
+        tokens = run.fresh * s.block_tokens
+        left = min(tokens, s.chunk_tokens) if pull.early else tokens
+        seconds = s.pull_latency_s + left * s.token_bytes / s.pull_bytes_per_s
+        pull.seconds = 0.0 if s.instant else seconds
+        pull.ready_at = now + pull.seconds
 
     def _end_pulls(self, now: float) -> None:
         for run in self._running.values():
             pull = run.pull
-            if pull is None or pull.ready_at > now:
+            if pull is not None and pull.ready_at is None:
+                self._look(run, pull, now)
+            if pull is None or pull.ready_at is None or pull.ready_at > now:
                 continue
             run.pull = None
             # Only a lease that outlived the read vouches for what was read.
-            run.pull_error = self._handoffs.release(pull.ticket.epoch, pull.ticket.handle, now)
+            run.pull_error = pull.source.let_go(now)
             if run.pull_error is None:
                 size = run.fresh * self.settings.block_tokens * self.settings.token_bytes
                 run.pulled = run.length - run.computed, size, pull.seconds
                 run.computed = run.length - 1
                 self._publish(run)
 
-    def _keep(self, run: _Run, now: float) -> bytes:
-        """Move the request's blocks under a lease; its ticket."""
-        handle = run.generate.request_id
-        if self.settings.instant:
-            self._free(run)
-            epoch = ""
-        else:
-            epoch = self._epoch
-            handle = f"{handle}#{run.arrived}"
-            self._handoffs.grant(epoch, handle, now)
-            self._kept[handle] = run.shared, run.fresh
-            run.shared, run.fresh = [], 0
-        return _encode_ticket(SimTicket(epoch, handle, run.length, run.checksum))
+    def _keep(self, run: _Run, now: float) -> bytes | None:
+        """Move the request's blocks under a lease; its ticket, unless the router made one."""
+        handle, prompt = run.handle, (run.length, run.checksum)
+        if run.generate.ticket is not None and handle is None:
+            return None  # Whoever wanted it has left.
+        blocks = run.shared, run.fresh
+        if handle is None and self.settings.instant:
+            return self._keeper.make_ticket(run.generate.request_id, prompt, None, now)
+        run.shared, run.fresh = [], 0
+        if handle is not None:
+            self._keeper.seal(handle, prompt, blocks, now)
+            return None
+        own = f"{run.generate.request_id}#{run.arrived}"
+        return self._keeper.make_ticket(own, prompt, blocks, now)
 
     def _expire(self, now: float) -> None:
-        if self._kept:
-            for handle in self._handoffs.ended(self._epoch, now):
-                self._pool.give_back(*self._kept.pop(handle))
+        for blocks in self._keeper.over(now):
+            self._pool.give_back(*blocks)
 
     # ------------------------------------------------------------ out
 
@@ -355,16 +357,8 @@ class SimModel:
         first = run.outputs == 0
         cached = run.cached if first else None
         if run.generate.phase is Phase.PREFILL:
-            ticket = self._keep(run, now)
-            self._end(run)
-            return Delta(
-                request_id, [], Finish.PREFILLED, ticket=ticket, cached_tokens=cached
-            )  # fmt: skip
-        # A function of all tokens so far: whoever goes on from here says the same.
-        token = FIRST_TOKEN + (run.checksum * 2_654_435_761 >> 7) % (
-            self.settings.vocabulary - FIRST_TOKEN
-        )
-        run.checksum = zlib.crc32(token.to_bytes(4, "little"), run.checksum)
+            return self._prefilled(run, now)
+        token = self._sample(run)
         run.outputs += 1
         run.length += 1
         done = run.outputs >= run.output_max
@@ -378,6 +372,25 @@ class SimModel:
             request_id, [token], finish, cached_tokens=cached,
             kv_tokens=tokens, kv_bytes=size, kv_s=seconds, kv_failed=run.pull_error,
         )  # fmt: skip
+
+    def _prefilled(self, run: _Run, now: float) -> Delta:
+        request_id, relay = run.generate.request_id, run.generate.relay
+        if relay and run.generate.max_tokens == 1:  # Nothing is left to hand off.
+            self._keeper.cancel(run.handle, "its first token was its last")
+            finish, ticket = Finish.LENGTH, None
+        else:
+            finish, ticket = Finish.PREFILLED, self._keep(run, now)
+        tokens = [self._sample(run)] if relay else []
+        self._end(run)
+        return Delta(request_id, tokens, finish, ticket=ticket, cached_tokens=run.cached)
+
+    def _sample(self, run: _Run) -> int:
+        """A function of all tokens so far: whoever goes on from here says the same."""
+        token = FIRST_TOKEN + (run.checksum * 2_654_435_761 >> 7) % (
+            self.settings.vocabulary - FIRST_TOKEN
+        )
+        run.checksum = zlib.crc32(token.to_bytes(4, "little"), run.checksum)
+        return token
 
     def _end(self, run: _Run) -> None:
         request_id = run.generate.request_id
