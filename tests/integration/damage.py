@@ -2,62 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
-from kvtransfer.protocol import (
-    VERSION,
-    Blocks,
-    Follow,
-    Layout,
-    Open,
-    Opened,
-    Sealed,
-    ToReceiver,
-    decode_ticket,
-)
+from kvtransfer.protocol import VERSION, Layout, Open, Opened, ToReceiver
 from kvtransfer.transports.ucx import UcxDescription
 
 if TYPE_CHECKING:
-    from workers.api import WorkerHello
+    from collections.abc import Iterator
 
-T = TypeVar("T")
+    from workers.api import WorkerHello
 
 
 class _Piece(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
 
 
-def damage(sender: WorkerHello, ticket: bytes) -> int:
-    """Flip the first byte of every block that the ticket's handle has, in its first layer.
+@contextlib.contextmanager
+def damaged(sender: WorkerHello) -> Iterator[None]:
+    """Inside, the first byte of every block in the first layer is another.
 
-    The prompt must be sealed. We learn where it is as a receiver does, and leave the lease alone.
-    Returns how many blocks there were.
+    Where the memory is we learn as a receiver does.
     """
-    told = decode_ticket(ticket)
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
-    socket.connect(told.endpoint)
+    socket.connect(sender.handoff_endpoint)
     try:
         socket.send(msgspec.msgpack.encode(Open(1, VERSION, _layout(sender), 0)))
-        opened = _next(socket, Opened)
-        socket.send(msgspec.msgpack.encode(Follow(2, told.epoch, told.handle, 0, 1)))
-        blocks = _next(socket, Blocks)
-        _next(socket, Sealed)
+        assert socket.poll(10_000), "the sender does not answer"
+        opened = msgspec.msgpack.decode(socket.recv(), type=ToReceiver)
+        assert isinstance(opened, Opened), opened
     finally:
         socket.close(linger=0)
         context.term()
     description = next(r.description for r in opened.regions[0] if r.transport == "ucx")
     memory = msgspec.msgpack.decode(description, type=UcxDescription)
     first = memory.segments[0]
-    for block in blocks.block_ids:
-        _flip(memory.pid, first.base + block * first.stride)
-    return len(blocks.block_ids)
+    addresses = [first.base + block * first.stride for block in range(first.blocks)]
+    for address in addresses:
+        _flip(memory.pid, address)
+    yield
+    for address in addresses:
+        _flip(memory.pid, address)
 
 
 def _layout(hello: WorkerHello) -> Layout:
@@ -68,16 +59,6 @@ def _layout(hello: WorkerHello) -> Layout:
         content, dtype, size, int(heads), int(head_token_bytes), hello.block_tokens,
         ranks=1, by_head=True, by_token=False,
     )  # fmt: skip
-
-
-def _next(socket: zmq.Socket[bytes], kind: type[T]) -> T:
-    until = time.monotonic() + 10
-    while time.monotonic() < until:
-        if socket.poll(200):
-            message = msgspec.msgpack.decode(socket.recv(), type=ToReceiver)
-            if isinstance(message, kind):
-                return message
-    raise AssertionError(f"the sender does not answer with {kind.__name__}")
 
 
 def _flip(pid: int, address: int) -> None:

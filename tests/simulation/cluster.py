@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -206,7 +205,3 @@ def _cause(name: str, task: asyncio.Task[None]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error or Violation(f"{name} ended by itself")
-
-
-logging.getLogger("router").setLevel(logging.CRITICAL)
-logging.getLogger("workers").setLevel(logging.CRITICAL)
