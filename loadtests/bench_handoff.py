@@ -2,8 +2,9 @@
 
     python -m loadtests.bench_handoff [--json FILE] [--repeats N]
 
-All sides are up at once and take turns, so that the machine's noise meets all of them. Prefill has
-one core, decode the other, whoever's they are; chunked prefill is on, with the same chunk for all.
+Ours and aggregated are up at once and take turns. NixlConnector comes after them: its progress
+threads spin on both cores as long as it is up, whoever is measured. Prefill has one core, decode
+the other, whoever's they are; chunked prefill is on, with the same chunk for all.
 """
 
 from __future__ import annotations
@@ -55,22 +56,23 @@ def main() -> int:
 
 async def run(model: str, folder: str, repeats: int) -> dict[str, Any]:
     """Measure and print; figures by side and prompt length."""
+    found: Found = {}
     with ExitStack() as stack:
-        _say("loading: five engines")
+        _say("loading: three engines")
         ours = stack.enter_context(LocalGroup(model, flags=FLAGS, progress=_say))
         at_once = ours.add_router("router-at-once", ["--reserve", "at_dispatch"])
         whole = ours.add_router("router-whole", ["--reserve", "at_prefill_done"])
-        theirs = stack.enter_context(
-            LocalGroup(model, flags=[*FLAGS, "--kv-connector", "nixl"], progress=_say)
-        )
         one = stack.enter_context(Aggregated(folder, served_as=model, flags=FLAGS))
         sides = {
-            STREAMED: ours.url, AT_ONCE: at_once.http, WHOLE: whole.http,
-            NIXL: theirs.url, AGGREGATED: one.url,
+            STREAMED: ours.url, AT_ONCE: at_once.http, WHOLE: whole.http, AGGREGATED: one.url,
         }  # fmt: skip
-        timeout = aiohttp.ClientTimeout(total=120)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
-            found = await _measure(_Client(session, model), sides, repeats)
+        found |= await _measure(model, sides, repeats)
+    _say("loading: two engines with NixlConnector")
+    with LocalGroup(
+        model, flags=[*FLAGS, "--kv-connector", "nixl"], progress=_say
+    ) as theirs:  # fmt: skip
+        found |= await _measure(model, {NIXL: theirs.url}, repeats)
+    sides[NIXL] = theirs.url
     figures = {side: {n: _figures(found[side, n]) for n in PROMPT_TOKENS} for side in sides}
     _print(figures, repeats)
     return figures
@@ -102,17 +104,21 @@ class _Client:
 Found = dict[tuple[str, int], list[tuple[Stream, dict[str, Any]]]]
 
 
-async def _measure(client: _Client, sides: dict[str, str], repeats: int) -> Found:
+async def _measure(model: str, sides: dict[str, str], repeats: int) -> Found:
     found: Found = {}
-    for url, _ in itertools.product(sides.values(), range(2)):  # The first one connects a pair.
-        await client.complete(url, PROMPT_TOKENS[0])
-    for tokens, repeat in itertools.product(PROMPT_TOKENS, range(repeats)):
-        names = list(sides)
-        names = names[repeat % len(names) :] + names[: repeat % len(names)]
-        for name in names:
-            found.setdefault((name, tokens), []).append(await client.complete(sides[name], tokens))
-        if repeat == repeats - 1:
-            _say(f"prompts of {tokens} tokens measured")
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        client = _Client(session, model)
+        for url, _ in itertools.product(sides.values(), range(2)):  # The first connects a pair.
+            await client.complete(url, PROMPT_TOKENS[0])
+        for tokens, repeat in itertools.product(PROMPT_TOKENS, range(repeats)):
+            names = list(sides)
+            names = names[repeat % len(names) :] + names[: repeat % len(names)]
+            for name in names:
+                done = await client.complete(sides[name], tokens)
+                found.setdefault((name, tokens), []).append(done)
+            if repeat == repeats - 1:
+                _say(f"prompts of {tokens} tokens measured")
     return found
 
 
