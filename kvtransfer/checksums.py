@@ -17,9 +17,6 @@ from kvtransfer import views
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from kvtransfer.transports.api import Memory
 
 LAYERS_SAMPLED: Final = 2
@@ -61,23 +58,6 @@ def sums(
             positions, _pieces(memory.device, starts, segment.block_bytes), strict=True
         ):
             found[position - first] = xxh3_64_intdigest(piece, found[position - first])
-    return found
-
-
-def sums_of_units(memory: Memory, unit_bytes: int, units: NDArray[np.int32]) -> list[int]:
-    """One number a row of `units`, shape (n, k): the row's units, in order.
-
-    For sides whose blocks differ in size or heads: each hashes its own units in one agreed order.
-    Where a unit is a block, a row of a block's units by layer gives what `sums` gives when FULL.
-    """
-    addresses = memory.addresses(unit_bytes)[units].reshape(-1).tolist()
-    pieces = iter(_pieces(memory.device, addresses, unit_bytes))
-    found = []
-    for _ in range(units.shape[0]):
-        number = 0
-        for _ in range(units.shape[1]):
-            number = xxh3_64_intdigest(next(pieces), number)
-        found.append(number)
     return found
 
 

@@ -25,8 +25,6 @@ class WorkerFacts(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     regions: list[Region]
     block_bytes: int
     """One block of this rank's over all layers."""
-    huge_bytes: int
-    """Of this rank's KV memory, on huge pages."""
 
 
 @dataclass

@@ -275,7 +275,6 @@ class SchedulerHalf:
                 "layout": _family(facts) if facts else "",
                 "block_bytes": self._block_bytes,
                 "transports": [r.transport for r in facts.regions] if facts else [],
-                "huge_bytes": facts.huge_bytes if facts else 0,
             }
         )
 

@@ -63,7 +63,7 @@ class WorkerHalf:
         self._memory = memory = Memory(
             tuple(_segment(t) for t in tensors), _device(tensors[0])
         )  # fmt: skip
-        huge = huge_pages.advise(memory)
+        log.info("KV memory", extra={"huge_bytes": huge_pages.advise(memory)})
         transports, missing = available(memory, self._names or PREFERRED, host=self._host)
         if not transports:
             raise ValueError(f"no KV transport can be used here: {missing}")
@@ -77,7 +77,7 @@ class WorkerHalf:
             regions.append(Region(transport.name, offer.description, blocks))
         layout = _layout(kv_caches, self._config)
         block_bytes = sum(s.block_bytes for s in memory.segments)
-        self.facts = WorkerFacts(layout, regions, block_bytes, huge)
+        self.facts = WorkerFacts(layout, regions, block_bytes)
         self._receiver = Receiver(Mine(memory, layout, self._rank, transports), self._timeouts)
 
     # ------------------------------------------------------------ a step

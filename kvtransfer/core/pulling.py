@@ -222,15 +222,6 @@ class Pull:
                 )
         return None
 
-    def read_failed(self, number: int, reason: str, now: float) -> Effects:
-        """The transport says that nothing more of this read will land."""
-        self._reads.pop(number)
-        return self.fail(reason, now)
-
-    @property
-    def reading(self) -> bool:
-        return bool(self._reads)
-
     # ------------------------------------------------------------ time and trouble
 
     def tick(self, now: float) -> Effects:

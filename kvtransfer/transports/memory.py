@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from weakref import WeakValueDictionary
 
 from kvtransfer.transports.api import Abilities, Memory, Progress, TransferError
-from kvtransfer.transports.views import Views, check_range
+from kvtransfer.transports.unit_views import Views, check_range
 
 if TYPE_CHECKING:
     from kvtransfer.transports.api import Units

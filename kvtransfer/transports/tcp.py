@@ -27,7 +27,7 @@ from kvtransfer.transports.tcp_wire import (
     pack_request,
     parse_welcome,
 )
-from kvtransfer.transports.views import Views, advance, check_range
+from kvtransfer.transports.unit_views import Views, advance, check_range
 
 if TYPE_CHECKING:
     from kvtransfer.transports.api import Units

@@ -28,11 +28,11 @@ from kvtransfer.transports.tcp_wire import (
     parse_request,
     parse_units,
 )
-from kvtransfer.transports.views import Views, advance
+from kvtransfer.transports.unit_views import Views, advance
 
 if TYPE_CHECKING:
     from kvtransfer.transports.api import Memory
-    from kvtransfer.transports.views import Numbers
+    from kvtransfer.transports.unit_views import Numbers
 
 log = logging.getLogger(__name__)
 

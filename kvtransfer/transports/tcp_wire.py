@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from kvtransfer.transports.api import TransferError
-from kvtransfer.transports.views import numbers_of, runs_of
+from kvtransfer.transports.unit_views import numbers_of, runs_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

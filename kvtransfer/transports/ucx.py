@@ -14,7 +14,8 @@ import numpy as np
 
 from kvtransfer.transports import place
 from kvtransfer.transports.api import Abilities, Memory, Progress, Segment, TransferError
-from kvtransfer.transports.views import check_range
+from kvtransfer.transports.unit_views import check_range
+from kvtransfer.views import span_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -301,8 +302,7 @@ def _kind(memory: Memory) -> tuple[str, int]:
 
 def _register(agent: Any, memory: Memory) -> None:
     kind, device = _kind(memory)
-    spans = [(s.base, s.stride * (s.blocks - 1) + s.block_bytes, device, "")
-             for s in memory.segments]  # fmt: skip
+    spans = [(s.base, span_bytes(s), device, "") for s in memory.segments]
     agent.register_memory(spans, kind)
 
 

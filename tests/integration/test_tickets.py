@@ -64,8 +64,8 @@ def own(salt: str) -> str:
     return f"{salt} {RUN}"
 
 
-def params(salt: str) -> bytes:
-    """Greedy, `TOKENS` of them, in the engine's own encoding."""
+def params(salt: str, **sampling: Any) -> bytes:
+    """Greedy unless told otherwise, `TOKENS` of them, in the engine's own encoding."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
@@ -77,7 +77,10 @@ def params(salt: str) -> bytes:
             prompt_token_ids=[],
             mm_features=None,
             sampling_params=SamplingParams(
-                temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False
+                max_tokens=TOKENS,
+                ignore_eos=True,
+                detokenize=False,
+                **{"temperature": 0.0, **sampling},
             ),
             pooling_params=None,
             arrival_time=0.0,
@@ -296,3 +299,18 @@ def test_without_a_readable_ticket_nothing_is_prefilled(pair: Pair) -> None:
     (delta,) = pair.prefill.deltas(asked)
     assert delta.finish is Finish.INVALID
     assert "ticket is" in (delta.error or "")
+
+
+def test_a_seeded_prompt_longer_than_a_step_is_computed_by_the_decode_worker(
+    pair: Pair, aggregated: str
+) -> None:
+    """vLLM's CPU engine dies of one that it computes in pieces."""
+    prompt = random_prompt(300, seed=3)
+    seeded = {"temperature": 0.9, "seed": 7}
+    asked = pair.decode.generate(
+        Phase.BOTH, prompt, max_tokens=TOKENS, params=params(own("seeded"), **seeded),
+        cache_salt=own("seeded"),
+    )  # fmt: skip
+    body = {"max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True, **seeded}
+    answer = complete(aggregated, prompt=prompt, **body).json()
+    assert tokens_of(pair.decode.deltas(asked)) == answer["choices"][0]["token_ids"]

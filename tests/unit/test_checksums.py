@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.checksums import LAYERS_SAMPLED, Mode, sampled_layers, sums, sums_of_units
+from kvtransfer.checksums import LAYERS_SAMPLED, Mode, sampled_layers, sums
 from kvtransfer.transports.api import Memory, Segment
 
 LAYERS, BLOCKS, SIZE, STRIDE = 5, 8, 512, 640
@@ -112,27 +112,3 @@ def test_samples_go_evenly_over_the_layers() -> None:
 def test_another_seed_samples_other_layers() -> None:
     one, other = ([sampled_layers(p, 30, s) for p in range(20)] for s in (b"a", b"b"))
     assert one != other
-
-
-def test_units_of_whole_blocks_sum_to_what_blocks_sum_to() -> None:
-    _, kv = memory()
-    by_layer = np.arange(LAYERS * BLOCKS, dtype=np.int32).reshape(LAYERS, BLOCKS).T
-    assert sums_of_units(kv, SIZE, by_layer) == sums(kv, range(BLOCKS), Mode.FULL, SEED)
-
-
-@given(st.permutations(range(BLOCKS * 4)))
-def test_units_sum_alike_in_memory_of_another_block_size(order: list[int]) -> None:
-    """One layer: blocks of four units here, of one there, the units in another order."""
-    rng = np.random.default_rng(3)
-    here = rng.integers(0, 256, (BLOCKS, SIZE), np.uint8)
-    there = np.zeros((BLOCKS * 4, SIZE // 4), np.uint8)
-    there[order] = here.reshape(BLOCKS * 4, -1)
-    ours = Memory((Segment(here.ctypes.data, SIZE, SIZE, BLOCKS),))
-    theirs = Memory((Segment(there.ctypes.data, SIZE // 4, SIZE // 4, BLOCKS * 4),))
-    in_order = np.arange(BLOCKS * 4, dtype=np.int32).reshape(-1, 2)
-    expected = sums_of_units(ours, SIZE // 4, in_order)
-    assert sums_of_units(theirs, SIZE // 4, np.array(order, np.int32).reshape(-1, 2)) == expected
-    there[order[0], 5] ^= 1
-    found = sums_of_units(theirs, SIZE // 4, np.array(order, np.int32).reshape(-1, 2))
-    assert found[0] != expected[0]
-    assert found[1:] == expected[1:]

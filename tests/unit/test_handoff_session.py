@@ -240,11 +240,11 @@ class Handoffs(RuleBasedStateMachine):
             self.effects(prompt, prompt.pull.read_done(number, self.now))
 
     def read_fails(self, index: int) -> None:
+        """One failed read ends the connection, as in `kvtransfer.connection`."""
         prompt = self.some(index)
         if prompt is not None and prompt.reads:
-            number = next(iter(prompt.reads))
-            del prompt.reads[number]
-            self.effects(prompt, prompt.pull.read_failed(number, "it failed", self.now))
+            prompt.reads.clear()
+            self.effects(prompt, prompt.pull.fenced("a read failed"))
 
     def cancel(self, index: int) -> None:
         if prompt := self.some(index):

@@ -19,7 +19,7 @@ from kvtransfer.transports.api import Memory, Segment, TransferError
 from kvtransfer.transports.choose import available, choose, load
 from kvtransfer.transports.memory import MemoryTransport
 from kvtransfer.transports.tcp import TcpTransport
-from kvtransfer.transports.views import Views, advance, numbers_of, runs_of
+from kvtransfer.transports.unit_views import Views, advance, numbers_of, runs_of
 
 if TYPE_CHECKING:
     import random

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kvtransfer.transports.api import TransferError
+from kvtransfer.views import span_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,8 +31,7 @@ class Views:
         if self.units > UNITS_MAX:
             raise TransferError(f"units of {unit_bytes} bytes are too small for this memory")
         self._base = min((s.base for s in memory.segments), default=0)
-        end = max((s.base + (s.blocks - 1) * s.stride + s.block_bytes for s in memory.segments),
-                  default=0)  # fmt: skip
+        end = max((s.base + span_bytes(s) for s in memory.segments), default=0)
         self._offsets = memory.addresses(unit_bytes) - self._base
         # One view from the first segment's first byte to the last's last: slices of it are cheap,
         # and what lies between the segments is never touched.
