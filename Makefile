@@ -76,9 +76,8 @@ bench: model  ## the router beside vLLM's bare front, disaggregated beside aggre
 
 .PHONY: bench-handoff
 bench-handoff: model  ## each KV transport beside memcpy, NIXL bare and two sockets: tables
-	@$(BIN)/python -m kvtransfer.bench --json reports/bench-handoff.json
-	@if [ -f loadtests/bench_handoff.py ]; then \
-	    $(BIN)/python -m loadtests.bench_handoff --model $(MODEL); fi
+	@$(BIN)/python -m kvtransfer.bench --json reports/bench-transports.json
+	@$(BIN)/python -m loadtests.bench_handoff --model $(MODEL) --json reports/bench-handoff.json
 
 .PHONY: loadtest
 loadtest: model  ## chats for a minute against `tandem up`, with a report in reports/ (USERS, DURATION_S)
