@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -40,3 +40,12 @@ class Ask:
     def only_one(self) -> bool:
         """The prefill worker says all there is to say: nothing is handed off."""
         return self.relay and self.max_tokens == 1
+
+    def after(self, token: int) -> Ask:
+        """The same, from a token on that the client has: it is part of the prompt now."""
+        return replace(
+            self,
+            prompt_token_ids=[*self.prompt_token_ids, token],
+            max_tokens=self.max_tokens - 1,
+            generated=self.generated + 1,
+        )

@@ -7,7 +7,7 @@ runs behind HTTP and in the simulator.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -54,10 +54,6 @@ class _Live:
     progress_at: float
     wire_id: str = ""
     """Of this attempt's decode phase; its prefill phase has `PREFILL_SUFFIX` behind it."""
-    relayed: int | None = None
-    """The first token, from the prefill worker, while it is all that the client has."""
-    repeated: bool = False
-    """The decode worker has said it too."""
     prompt_extras: bytes | None = None
     cached_tokens: int | None = None
     """Of the prefill worker: what its cache saved this request."""
@@ -187,14 +183,13 @@ class Dispatch:
                 live.prompt_extras = delta.extras
                 live.cached_tokens = delta.cached_tokens
                 if delta.token_ids:
-                    live.relayed, live.repeated = delta.token_ids[0], False
                     done = finish is Finish.PREFILLED
                     told = msgspec.structs.replace(
                         delta, finish=None if done else finish, extras=None
                     )
                     self._gather(live, worker_id, told, step)
                 if finish is Finish.PREFILLED:
-                    relayed = bool(delta.token_ids)
+                    relayed = delta.token_ids[0] if delta.token_ids else None
                     self._advance(live, life.PrefillDone(delta.ticket, relayed), now)
                 else:
                     self._advance(live, life.PrefillWasAll(), now)
@@ -203,19 +198,16 @@ class Dispatch:
 
     def _on_tokens(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
         now, ended = live.progress_at, delta.finish is not None
-        if live.relayed is not None and delta.token_ids:
-            new = delta.token_ids if live.repeated else delta.token_ids[1:]
-            if not live.repeated and delta.token_ids[0] != live.relayed:
-                # It computed the prompt itself, after all, and fell on another token.
-                reason = f"{worker_id} did not go on from the first token"
-                self._advance(live, life.Failed(worker_id, reason, elsewhere=True), now)
-                return
-            live.repeated = True
-            if new:
-                live.relayed = None
+        said = delta.token_ids
+        new = life.unsaid(live.state, said)
+        if new is None:
+            reason = f"{worker_id} did not go on from the first token"
+            self._advance(live, life.Failed(worker_id, reason, elsewhere=True), now)
+            return
+        if new is not said:
             delta = msgspec.structs.replace(delta, token_ids=new)
         self._gather(live, worker_id, delta, step)
-        self._advance(live, life.Tokens(len(delta.token_ids), ended), now)
+        self._advance(live, life.Tokens(len(said), ended), now)
 
     def _gather(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
         request_id = live.ask.request_id
@@ -254,7 +246,8 @@ class Dispatch:
             case life.Deliver():
                 pass  # Gathered by `_on_delta`: the sink is told once a batch.
             case life.Place():
-                self._go_on_from(live)
+                if effect.after is not None:
+                    live.ask = live.ask.after(effect.after)
                 self._place(live, effect, now)
             case life.SendPrefill(worker, ticket):
                 self._generate(live, worker, Phase.PREFILL, ticket)
@@ -269,19 +262,6 @@ class Dispatch:
             case life.FailClient(error):
                 self.journal.failed(live.ask.request_id, error)
                 self._sink.fail(live.ask.request_id, error)
-
-    def _go_on_from(self, live: _Live) -> None:
-        """A new try of a request whose client has the first token: it is part of the prompt now."""
-        if live.relayed is None:
-            return
-        ask = live.ask
-        live.ask = replace(
-            ask,
-            prompt_token_ids=[*ask.prompt_token_ids, live.relayed],
-            max_tokens=ask.max_tokens - 1,
-            generated=ask.generated + 1,
-        )
-        live.relayed, live.repeated = None, False
 
     def _place(self, live: _Live, effect: life.Place, now: float) -> None:
         ask = live.ask

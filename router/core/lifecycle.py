@@ -65,9 +65,19 @@ class Decoding:
     attempt: int
     prefill: str | None = None
     ticket: bytes | None = None
-    tokens_sent: int = 0
-    relayed: bool = False
-    """The client has the first token from the prefill worker, and none yet from `decode`."""
+    said: int = 0
+    """Tokens that the decode worker has said, the relayed one included."""
+    relayed: int | None = None
+    """The first token, where the client has it from the prefill worker."""
+
+    @property
+    def tokens_sent(self) -> int:
+        return self.said or int(self.relayed is not None)
+
+    @property
+    def can_begin_anew(self) -> bool:
+        """The client has nothing but what a new try's prompt can take in."""
+        return self.tokens_sent <= int(self.relayed is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +110,7 @@ class PrefillDone:
     """`ticket`: the prefill worker's own, if it makes them. `relayed`: the first token came too."""
 
     ticket: bytes | None = None
-    relayed: bool = False
+    relayed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +125,7 @@ class PrefillWasAll:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """`count` new tokens; `finished` with the engine's last delta."""
+    """The decode worker said `count` tokens; `finished` with its last delta."""
 
     count: int
     finished: bool
@@ -164,6 +174,8 @@ class Place:
     """Find workers again, rather not `avoid`; answer with `Placed` or `NotPlaced`."""
 
     avoid: str | None = None
+    after: int | None = None
+    """A token that the client has, and that is part of the prompt from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +238,16 @@ def stray(worker: str, ticket: bytes) -> tuple[Effect, ...]:
     return (ReleaseKV(worker, ticket),)
 
 
+def unsaid(state: State, token_ids: list[int]) -> list[int] | None:
+    """What the decode worker says that the client has not got from the prefill worker.
+
+    None when it contradicts it: it computed the prompt itself, and fell on another first token.
+    """
+    if not isinstance(state, Decoding) or state.relayed is None or state.said or not token_ids:
+        return token_ids
+    return token_ids[1:] if token_ids[0] == state.relayed else None
+
+
 def _placing(state: Placing, event: Event) -> Step:
     match event:
         case Placed(prefill=None, decode=decode):
@@ -249,9 +271,8 @@ def _prefilling(state: Prefilling, event: Event) -> Step:
         case PrefillDone(ticket, relayed):
             ticket = state.ticket or ticket
             assert ticket is not None, "a finished prefill has a ticket"
-            sent = int(relayed)
-            after = Decoding(state.decode, state.attempt, state.prefill, ticket, sent, relayed)
-            told = _DELIVER if relayed else ()
+            after = Decoding(state.decode, state.attempt, state.prefill, ticket, relayed=relayed)
+            told = () if relayed is None else _DELIVER
             return after, told if state.reserved else (*told, SendDecode(state.decode, ticket))
         case LastStep():
             if state.reserved or state.ticket is None:
@@ -263,7 +284,7 @@ def _prefilling(state: Prefilling, event: Event) -> Step:
             # The decode worker has everything, and was heard before the prefill worker.
             if finished:
                 return Ended(Outcome.FINISHED), _DELIVER
-            return Decoding(state.decode, state.attempt, tokens_sent=count), _DELIVER
+            return Decoding(state.decode, state.attempt, said=count), _DELIVER
         case Failed(worker, reason, elsewhere):
             return _anew(state, worker, _failure(worker, reason, elsewhere))
         case Lost(worker, reason) if worker in (state.prefill, state.decode):
@@ -302,15 +323,15 @@ def _decoding(state: Decoding, event: Event) -> Step:
             return _told(state, count), _DELIVER
         case Failed(worker, reason, elsewhere) if worker == state.decode:
             error = _failure(state.decode, reason, elsewhere)
-            if state.tokens_sent and not state.relayed:
+            if not state.can_begin_anew:
                 return Ended(Outcome.FAILED), (FailClient(error),)
-            after, effects = _again(state.attempt, state.decode, error)
+            after, effects = _again(state.attempt, state.decode, error, state.relayed)
             return after, (AbortOn(state.decode), *_give_up_kv(state), *effects)
         case Lost(worker, reason) if worker == state.decode:
             lost = WorkerLost(worker, reason=reason, tokens_sent=state.tokens_sent)
-            if state.tokens_sent and not state.relayed:
+            if not state.can_begin_anew:
                 return Ended(Outcome.FAILED), (FailClient(lost),)
-            after, effects = _again(state.attempt, worker, lost)
+            after, effects = _again(state.attempt, worker, lost, state.relayed)
             return after, (*_give_up_kv(state), *effects)
         case Lost() | Failed() | LastStep() | PrefillDone() | PrefillWasAll():
             return state, ()  # Whatever was not pulled yet, the decode worker computes itself.
@@ -328,13 +349,14 @@ def _told(state: Decoding, count: int) -> Decoding:
     if not count:
         return state
     # The first token proves that the pull is over, so the ticket is spent.
-    return Decoding(state.decode, state.attempt, state.prefill, None, state.tokens_sent + count)
+    said, relayed = state.said + count, state.relayed
+    return Decoding(state.decode, state.attempt, state.prefill, None, said, relayed)
 
 
-def _again(attempt: int, avoid: str, error: RouterError) -> Step:
+def _again(attempt: int, avoid: str, error: RouterError, after: int | None = None) -> Step:
     if isinstance(error, RequestInvalid) or attempt >= ATTEMPTS_MAX:
         return Ended(Outcome.FAILED), (FailClient(error),)
-    return Placing(attempt + 1), (Place(avoid),)
+    return Placing(attempt + 1), (Place(avoid, after),)
 
 
 def _failure(worker: str, reason: str, elsewhere: bool) -> RouterError:
