@@ -145,8 +145,7 @@ def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch) -> None:
         return JSONResponse(
             {
                 "workers": [
-                    {"hello": msgspec.to_builtins(w.hello), "load": msgspec.to_builtins(w.load)}
-                    for w in dispatch.fleet
+                    {"hello": _named(w.hello), "load": _named(w.load)} for w in dispatch.fleet
                 ],
                 "refused": {link.address: link.refused for link in links if link.refused},
             }
@@ -159,6 +158,11 @@ def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch) -> None:
     app.add_route("/tandem/requests/{name}", requests)
     app.add_route("/tandem/workers", workers)
     app.add_route("/readyz", readyz)
+
+
+def _named(message: msgspec.Struct) -> Any:
+    """On the wire its fields have no names."""
+    return msgspec.to_builtins(msgspec.structs.asdict(message))
 
 
 def _not_ready(dispatch: Dispatch) -> str | None:

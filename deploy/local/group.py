@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import httpx
+
 from deploy.local.parts import Part, end
 
 if TYPE_CHECKING:
@@ -64,8 +66,9 @@ class LocalGroup:
             self.router = self._make_router("router", self._router_flags)
             self._spawn(self.router)
             self.router.await_address(self.check)
-            for part in [*self.workers, self.router]:
-                self._await_ready(part)
+            for worker in self.workers:
+                self._await_ready(worker)
+            self._await_router(self.router)
         except BaseException:
             self.stop()
             raise
@@ -101,6 +104,9 @@ class LocalGroup:
         self._spawn(part)
         part.await_address(self.check)
         self._await_ready(part)
+        for router in [self.router, *self._more_routers]:
+            if router is not None:
+                self._await_router(router)
 
     def add_router(self, name: str, flags: Sequence[str]) -> Part:
         """One more router over the same workers, ready; it ends with the group."""
@@ -108,7 +114,7 @@ class LocalGroup:
         self._more_routers.append(part)
         self._spawn(part)
         part.await_address(self.check)
-        self._await_ready(part)
+        self._await_router(part)
         return part
 
     def stop(self) -> None:
@@ -150,3 +156,14 @@ class LocalGroup:
     def _await_ready(self, part: Part) -> None:
         waited_s = part.await_ready(self.check)
         self._progress(f"{part.name}: ready (waited {waited_s:.0f} s)")
+
+    def _await_router(self, router: Part) -> None:
+        """Until it knows every worker, too: it is ready as soon as anybody can serve."""
+        everyone = {w.name for w in self.workers}
+
+        def acquainted() -> bool:
+            known = httpx.get(f"{router.http}/tandem/workers", timeout=10).json()["workers"]
+            return everyone <= {w["hello"]["worker_id"] for w in known}
+
+        self._await_ready(router)
+        router.wait_for(acquainted, self.check)

@@ -93,7 +93,7 @@ class Part:
         """Until its sockets are bound. `check` raises when waiting has become vain."""
         if self.address_file is None:
             return
-        self._await(self.address_file.exists, check)
+        self.wait_for(self.address_file.exists, check)
         addresses = json.loads(self.address_file.read_text())
         self.channel, self.http = addresses["channel"] or "", addresses["http"]
 
@@ -107,10 +107,11 @@ class Part:
                 return False
 
         started = time.monotonic()
-        self._await(ready, check)
+        self.wait_for(ready, check)
         return time.monotonic() - started
 
-    def _await(self, condition: Callable[[], bool], check: Callable[[], None]) -> None:
+    def wait_for(self, condition: Callable[[], bool], check: Callable[[], None]) -> None:
+        """Until `condition` holds. `check` raises when waiting has become vain."""
         until = time.monotonic() + _START_S
         while not condition():
             check()

@@ -9,15 +9,18 @@ import pytest
 from deploy.local.aggregated import Aggregated
 from deploy.local.group import LocalGroup
 from deploy.local.models import prepare
-from tests.integration.asking import LEASE_S, MODEL
+from tests.integration.asking import ANSWER_S, LEASE_S, MODEL, READ_S, OneEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FLAGS = ["--max-model-len", "2048", "--dtype", "float32", "--enforce-eager"]
-# Chunks smaller than the longer prompts, so that these are handed off in pieces.
+# Chunks smaller than the longer prompts, so that these are handed off in pieces; room for six long
+# prompts a worker; short patience, so that faults show in seconds.
 OURS = [
-    "--max-num-batched-tokens", "256", "--kv-checksums", "full", "--lease-s", f"{LEASE_S:g}",
+    "--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "64",
+    "--kv-checksums", "full", "--lease-s", f"{LEASE_S:g}",
+    "--kv-answer-s", f"{ANSWER_S:g}", "--kv-read-s", f"{READ_S:g}",
 ]  # fmt: skip
 FRONT_FLAGS = [
     "--tool-call-parser", "hermes", "--enable-auto-tool-choice", "--enable-prompt-tokens-details",
@@ -38,3 +41,31 @@ def aggregated() -> Iterator[str]:
     model = str(prepare(MODEL))
     with Aggregated(model, served_as=MODEL, flags=[*FLAGS, *FRONT_FLAGS]) as running:
         yield running.url
+
+
+@pytest.fixture(scope="session", params=["ucx", "tcp", "collective"])
+def over(request: pytest.FixtureRequest) -> Iterator[tuple[str, LocalGroup]]:
+    """A group for each transport, and its name. `ucx` is what `group` picks by itself."""
+    name = request.param
+    if name == "ucx":
+        yield name, request.getfixturevalue("group")
+        return
+    with LocalGroup(MODEL, flags=[*FLAGS, *OURS, "--kv-transports", name]) as running:
+        yield name, running
+
+
+@pytest.fixture(scope="session")
+def one_engine(aggregated: str) -> OneEngine:
+    return OneEngine(aggregated)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of a transport's tests together: a group takes half a minute to start."""
+    order = {"ucx": 0, "tcp": 1, "collective": 2}
+
+    def transport(item: pytest.Item) -> int:
+        callspec = getattr(item, "callspec", None)
+        return order[callspec.params.get("over", "ucx")] if callspec else 0
+
+    items.sort(key=transport)

@@ -3,52 +3,73 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
-from deploy.local.group import LocalGroup
-from tests.integration.asking import LEASE_S, MODEL, await_free, complete, metrics
-from tests.integration.conftest import FLAGS, OURS
-from tests.integration.test_handoff_transports import body_of
+from tests.integration.asking import (
+    ANSWER_S,
+    LEASE_S,
+    READ_S,
+    OneEngine,
+    await_free,
+    complete,
+    metrics,
+)
+from tests.integration.test_equivalence import body_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import httpx
 
+    from deploy.local.group import LocalGroup
+
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
 
-ANSWER_S, READ_S = 2.0, 4.0
 LONG = 1200
 ERRORS = {"no_workers", "worker_lost", "worker_failed"}
+FREE_S = LEASE_S + ANSWER_S + READ_S
+"""Whatever died, all blocks are free again by then."""
+PREFILL, DECODE = "prefill-0", "decode-0"
+
+Stop = tuple[str, float, float]
+"""A worker, the moment as a share of the request's usual time, and for how many seconds: 1 is
+within everybody's patience, 7 beyond it."""
+Kill = tuple[str, float]
+WORKERS, MOMENTS = (PREFILL, DECODE), (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
+
+# `make test` has time for some of each; `make faults` tries all.
+SOME_STOPS: dict[str, list[Stop]] = {
+    "ucx": [(PREFILL, 0.4, 7.0), (DECODE, 0.0, 7.0)],
+    "tcp": [(PREFILL, 0.9, 7.0), (DECODE, 0.4, 7.0)],
+    "collective": [(PREFILL, 0.4, 1.0), (DECODE, 0.9, 7.0)],
+}
+ALL_STOPS: list[Stop] = [(w, m, s) for w in WORKERS for m in MOMENTS for s in (1.0, 7.0)]
+SOME_KILLS: dict[str, list[Kill]] = {
+    "ucx": [(PREFILL, 0.9)],
+    "tcp": [(DECODE, 0.8)],
+    "collective": [(PREFILL, 0.3)],
+}
+ALL_KILLS: list[Kill] = [(w, m) for w in WORKERS for m in MOMENTS]
+EVERYTHING = os.environ.get("TANDEM_FAULTS") == "all"
+
+
+PROMPTS = 9
+Expected = Callable[[int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def frail() -> Iterator[LocalGroup]:
-    """Short patience, so that faults show in seconds, and room for three long prompts a worker."""
-    flags = [
-        *FLAGS, *OURS, "--num-gpu-blocks-override", "40",
-        "--kv-answer-s", f"{ANSWER_S:g}", "--kv-read-s", f"{READ_S:g}",
-    ]  # fmt: skip
-    with LocalGroup(MODEL, flags=flags) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def expected(aggregated: str) -> dict[int, list[int]]:
+def expected(one_engine: OneEngine) -> Expected:
     """What one engine says to each prompt, by seed."""
-    answers = {}
-    for seed in range(8):
-        answer = complete(aggregated, **ask(seed))
-        assert answer.status_code == 200, answer.text
-        answers[seed] = answer.json()["choices"][0]["token_ids"]
-    return answers
+    return lambda seed: list(one_engine.choice(ask(seed))["token_ids"])
 
 
 def ask(seed: int, salt: str = "") -> dict[str, Any]:
@@ -92,19 +113,19 @@ class Asked(threading.Thread):
     def run(self) -> None:
         self.answer = complete(self._group.url, **ask(self._seed, self._salt))
 
-    def outcome(self, expected: dict[int, list[int]], within_s: float) -> str:
+    def outcome(self, expected: Expected, within_s: float) -> str:
         """`tokens` or an error's code. Wrong tokens, or none in time, fail the test."""
         self.join(within_s)
         assert self.answer is not None, f"no answer within {within_s} s"
         if self.answer.status_code == 200:
-            assert self.answer.json()["choices"][0]["token_ids"] == expected[self._seed]
+            assert self.answer.json()["choices"][0]["token_ids"] == expected(self._seed)
             return "tokens"
         code = self.answer.json()["error"]["code"]
         assert code in ERRORS, self.answer.text
         return str(code)
 
 
-def must_serve(group: LocalGroup, expected: dict[int, list[int]], seed: int, salt: str) -> None:
+def must_serve(group: LocalGroup, expected: Expected, seed: int, salt: str) -> None:
     """Without any restart. Whoever was away may take a moment to be known again."""
     until = time.monotonic() + 20
     while (code := Asked(group, seed, salt).outcome(expected, 60)) != "tokens":
@@ -113,65 +134,73 @@ def must_serve(group: LocalGroup, expected: dict[int, list[int]], seed: int, sal
         time.sleep(0.5)
 
 
-def prefill_s(group: LocalGroup, expected: dict[int, list[int]]) -> float:
-    """How long a prompt takes here, now."""
+def usual_s(group: LocalGroup, expected: Expected) -> float:
+    """How long a request takes here, now."""
     began = time.monotonic()
     assert Asked(group, 0, f"{began}").outcome(expected, 60) == "tokens"
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
-@pytest.mark.parametrize(("moment", "away_s"), [(0.0, 7.0), (0.4, 1.0), (0.4, 7.0), (0.9, 7.0)])
+def faults(some: dict[str, list[Any]], every: list[Any]) -> list[Any]:
+    """By transport, for the `over` fixture."""
+    return [
+        pytest.param(transport, fault, id="-".join(str(f) for f in (transport, *fault)))
+        for transport, few in some.items()
+        for fault in (every if EVERYTHING else few)
+    ]
+
+
+@pytest.mark.parametrize(("over", "stop"), faults(SOME_STOPS, ALL_STOPS), indirect=["over"])
 def test_a_worker_that_stops_and_wakes_costs_time_and_no_token(
-    frail: LocalGroup, expected: dict[int, list[int]], name: str, moment: float, away_s: float
+    over: tuple[str, LocalGroup], expected: Expected, stop: Stop
 ) -> None:
-    """`moment`: of the request's usual time. 1 s is within everybody's patience, 7 s beyond it."""
-    seed = random.Random(f"{name}-{moment}-{away_s}").randrange(8)
-    salt = f"stop-{name}-{moment}-{away_s}"
-    usual_s = prefill_s(frail, expected)
+    (transport, group), (name, moment, away_s) = over, stop
+    salt = f"{transport}-stop-{name}-{moment}-{away_s}"
+    seed = random.Random(salt).randrange(PROMPTS)
+    usual = usual_s(group, expected)
     if moment:
-        asked = Asked(frail, seed, salt)
-        time.sleep(moment * usual_s)
-        with stopped(frail, name):
+        asked = Asked(group, seed, salt)
+        time.sleep(moment * usual)
+        with stopped(group, name):
             time.sleep(away_s)
     else:
-        with stopped(frail, name):
-            asked = Asked(frail, seed, salt)
+        with stopped(group, name):
+            asked = Asked(group, seed, salt)
             time.sleep(away_s)
     outcome = asked.outcome(expected, 60)
-    if away_s < 2:
+    if away_s < ANSWER_S:
         assert outcome == "tokens"
-    must_serve(frail, expected, seed, salt + "-after")
-    await_free(frail, LEASE_S + ANSWER_S + READ_S)
+    must_serve(group, expected, seed, salt + "-after")
+    await_free(group, FREE_S)
 
 
-@pytest.mark.parametrize(
-    ("name", "moment"), [("prefill-0", 0.3), ("prefill-0", 0.9), ("decode-0", 0.8)]
-)
+@pytest.mark.parametrize(("over", "kill"), faults(SOME_KILLS, ALL_KILLS), indirect=["over"])
 def test_a_killed_worker_costs_its_requests_at_most_and_its_successor_serves(
-    frail: LocalGroup, expected: dict[int, list[int]], name: str, moment: float
+    over: tuple[str, LocalGroup], expected: Expected, kill: Kill
 ) -> None:
     """A restart takes the same address, with another epoch."""
-    seed, salt = 4 if name == "prefill-0" else 5, f"kill-{name}-{moment}"
-    usual_s = prefill_s(frail, expected)
-    asked = Asked(frail, seed, salt)
-    time.sleep(moment * usual_s)
-    frail.kill(name)
+    (transport, group), (name, moment) = over, kill
+    salt = f"{transport}-kill-{name}-{moment}"
+    seed = random.Random(salt).randrange(PROMPTS)
+    usual = usual_s(group, expected)
+    asked = Asked(group, seed, salt)
+    time.sleep(moment * usual)
+    group.kill(name)
     outcome = asked.outcome(expected, 60)
-    if name == "prefill-0":
+    if name == PREFILL:
         assert outcome == "tokens", "the decode worker can do it all by itself"
-        must_serve(frail, expected, seed, salt + "-alone")
-        record_free(frail, "decode-0", LEASE_S + ANSWER_S + READ_S)
+        must_serve(group, expected, seed, salt + "-alone")
+        await_worker_free(group, DECODE)
     else:
-        record_free(frail, "prefill-0", LEASE_S + ANSWER_S + READ_S)
-    frail.restart(name)
-    must_serve(frail, expected, seed, salt + "-after")
-    await_free(frail, LEASE_S + ANSWER_S + READ_S)
+        await_worker_free(group, PREFILL)
+    group.restart(name)
+    must_serve(group, expected, seed, salt + "-after")
+    await_free(group, FREE_S)
 
 
-def record_free(group: LocalGroup, name: str, seconds: float) -> None:
+def await_worker_free(group: LocalGroup, name: str) -> None:
     """The survivor holds nothing for the one that is gone."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + FREE_S
     while True:
         now = metrics(group, name)
         values = [now[f"tandem_worker_{n}"] for n in ("blocks_free", "blocks_total", "leases_open")]
@@ -182,9 +211,9 @@ def record_free(group: LocalGroup, name: str, seconds: float) -> None:
 
 
 def test_without_memory_requests_wait_and_none_is_answered_wrong(
-    frail: LocalGroup, expected: dict[int, list[int]]
+    group: LocalGroup, expected: Expected
 ) -> None:
-    """Eight prompts of ten blocks each, where either worker has thirty-nine."""
-    asked = [Asked(frail, seed, "full") for seed in range(8)]
-    assert [a.outcome(expected, 110) for a in asked] == ["tokens"] * 8
-    await_free(frail, LEASE_S + ANSWER_S + READ_S)
+    """Prompts of ten blocks each, where either worker has room for six."""
+    asked = [Asked(group, seed, "full") for seed in range(PROMPTS)]
+    assert [a.outcome(expected, 110) for a in asked] == ["tokens"] * PROMPTS
+    await_free(group, FREE_S)

@@ -11,48 +11,12 @@ import httpx
 import psutil
 import pytest
 
-from tests.integration.asking import (
-    BLOCK,
-    LEASE_S,
-    MODEL,
-    await_free,
-    complete,
-    random_prompt,
-)
+from tests.integration.asking import LEASE_S, MODEL, await_free, complete
 
 if TYPE_CHECKING:
     from deploy.local.group import LocalGroup
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
-
-LENGTHS = [1, 2, 5, 17, 64, 100, 126, 127, 128, 129, 130, 200, 255, 256, 257, 300, 383, 384, 385,
-           450, 512, 513, 640, 700, 768, 900, 1023, 1024, 1025, 1200, 1300, 1500]  # fmt: skip
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-def test_tokens_are_those_of_one_engine(group: LocalGroup, aggregated: str, length: int) -> None:
-    body = {
-        "prompt": random_prompt(length, seed=length),
-        "max_tokens": 12,
-        "logprobs": 3,
-        "return_token_ids": True,
-        "cache_salt": f"{length}",
-        "ignore_eos": True,
-    }
-    seeded = {"temperature": 0.9, "seed": length} if length % 2 else {"temperature": 0}
-    ours = complete(group.url, **body, **seeded)
-    theirs = complete(aggregated, **body, **seeded)
-    assert ours.status_code == theirs.status_code == 200, ours.text
-    mine, other = ours.json()["choices"][0], theirs.json()["choices"][0]
-    assert mine["token_ids"] == other["token_ids"]
-    assert mine["text"] == other["text"]
-    assert mine["logprobs"]["token_logprobs"] == pytest.approx(
-        other["logprobs"]["token_logprobs"], abs=1e-4
-    )
-    record = httpx.get(f"{group.url}/tandem/requests/{ours.json()['id']}").json()[0]
-    assert (record["prefill_worker"], record["decode_worker"]) == ("prefill-0", "decode-0")
-    assert record["kv_failed"] is None
-    assert record["kv_bytes"] == -(-length // BLOCK) * record["block_bytes"]
 
 
 def test_clients_that_leave_at_any_moment_leave_no_block_behind(group: LocalGroup) -> None:
