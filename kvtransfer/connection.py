@@ -12,8 +12,8 @@ import msgspec
 import zmq
 
 from kvtransfer import checksums
-from kvtransfer.core.geometry import Unlike, routes
-from kvtransfer.core.manifest import Expectation, chain
+from kvtransfer.connecting import Connecting
+from kvtransfer.core.geometry import Unlike
 from kvtransfer.core.pulling import (
     AskFollow,
     AskRenew,
@@ -23,7 +23,6 @@ from kvtransfer.core.pulling import (
     Pull,
     TellRelease,
     Timeouts,
-    Wanted,
 )
 from kvtransfer.orders import Mine, Order, Pulled
 from kvtransfer.protocol import (
@@ -42,10 +41,11 @@ from kvtransfer.protocol import (
     ToReceiver,
 )
 from kvtransfer.transports.api import Progress, TransferError
-from kvtransfer.transports.choose import choose
 
 if TYPE_CHECKING:
-    from kvtransfer.core.geometry import Route
+    from collections.abc import Callable
+
+    from kvtransfer.connecting import Reach
     from kvtransfer.transports.api import Peer
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 READ_BYTES_MAX: Final = 64 << 20
 """Of one read: later ones start as earlier ones end."""
 RECEIVE_MAX: Final = 256
+IDLE_S_MAX: Final = 300.0
+"""A connection without pulls is given up then; the next pull from there makes another."""
 _decode = msgspec.msgpack.Decoder(ToReceiver).decode
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -88,10 +90,16 @@ class Connection:
     """
 
     def __init__(
-        self, context: zmq.Context[Any], order: Order, mine: Mine, timeouts: Timeouts
+        self,
+        context: zmq.Context[Any],
+        order: Order,
+        mine: Mine,
+        timeouts: Timeouts,
+        wake: Callable[[], None],
     ) -> None:
+        """`wake`: called from another thread, when `hear` has something to see."""
         self.endpoint, self.epoch = order.endpoint, order.epoch
-        self._mine, self._timeouts = mine, timeouts
+        self._mine, self._timeouts, self._wake = mine, timeouts, wake
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
         # A name of our own: after a broken line the sender knows us again, and what we follow.
@@ -106,12 +114,9 @@ class Connection:
         """Asked and not answered: whose (handle), when."""
         self._by_handle: dict[str, _Running] = {}
         self._opened: Opened | None = None
-        self._peers: list[tuple[Route, Peer]] = []
-        self._transport = ""
-        self._stride_bytes = 0
-        self._stride_tokens = 1
-        self._alike: int | None = None
-        """The sender's rank whose blocks are cut as ours are; else checksums can't be compared."""
+        self._connecting: Connecting | None = None
+        self._reach: Reach | None = None
+        self._idle_since = time.monotonic()
         self.ended: list[Pulled] = []
         self._socket.send(_encode(Open(self._next(), VERSION, mine.layout, mine.rank)))
 
@@ -138,12 +143,7 @@ class Connection:
 
     def descriptors(self) -> list[int] | None:
         """What wakes a reader while reads are in flight; None when only the clock does."""
-        found: list[int] = []
-        for _, peer in self._peers:
-            if not (these := peer.descriptors()):
-                return None
-            found += these
-        return found
+        return self._reach.descriptors() if self._reach else []
 
     # ------------------------------------------------------------ pulls
 
@@ -151,10 +151,12 @@ class Connection:
         if order.handle in self._by_handle:
             self.ended.append(Pulled(order.request_id, f"handle {order.handle} is being pulled"))
             return
-        running = _Running(order, Pull(self._timeouts, asked_at=now))
+        # A sender that has answered is not waited for, but the connection to its memory is.
+        asked_at = now if self._opened is None else None
+        running = _Running(order, Pull(self._timeouts, asked_at))
         self._by_handle[order.handle] = running
-        if self._opened is not None:
-            self._carry_out(running, running.pull.opened(self._wanted(order), now), now)
+        if self._reach is not None:
+            self._carry_out(running, running.pull.opened(self._reach.wanted(order), now), now)
 
     def cancel(self, handle: str, now: float) -> None:
         if running := self._by_handle.get(handle):
@@ -164,6 +166,7 @@ class Connection:
 
     def hear(self) -> None:
         """Take what has come."""
+        self._reached()
         for _ in range(RECEIVE_MAX):
             try:
                 message = _decode(self._socket.recv(zmq.NOBLOCK))
@@ -205,53 +208,30 @@ class Connection:
             return
         if message.epoch != self.epoch:
             raise Broken(f"sender is of epoch {message.epoch}, the handle of {self.epoch}")
+        self._opened = message
+        self._connecting = Connecting(self._mine, message, self._wake)
+        for running in self._by_handle.values():
+            running.pull.answered()
+
+    def _reached(self) -> None:
+        """Whether the connection to its memory stands by now."""
+        if self._connecting is None:
+            return
         try:
-            self._connect(message)
+            reach = self._connecting.result()
         except (TransferError, Unlike) as error:
             raise Broken(f"can't connect: {error}") from error
-        self._opened = message
-        now = time.monotonic()  # To connect can take longer than an answer may.
-        for running in list(self._by_handle.values()):
-            effects = running.pull.opened(self._wanted(running.order), now)
-            self._carry_out(running, effects, now)
-
-    def _connect(self, message: Opened) -> None:
-        mine = self._mine
-        for route in routes(message.layout, mine.layout, mine.rank):
-            if route.sender_rank >= len(message.regions):
-                raise TransferError(f"the sender has no rank {route.sender_rank}")
-            regions = message.regions[route.sender_rank]
-            transport, description = choose(
-                mine.memory, [(r.transport, r.description) for r in regions], mine.transports
-            )
-            blocks = next(r.blocks for r in regions if r.transport == transport.name)
-            peer = transport.connect(mine.memory, description, route.unit_bytes)
-            bound = route.bound(mine.memory.segments[0].blocks, blocks)
-            self._peers.append((bound, peer))
-            self._transport = transport.name
-            self._stride_tokens = route.stride_tokens
-            theirs, ours = message.layout, mine.layout
-            if (theirs.ranks, theirs.block_tokens) == (ours.ranks, ours.block_tokens):
-                self._alike = route.sender_rank
-            self._stride_bytes += route.unit_bytes * len(route.local.heads) * route.local.layers
+        if reach is None:
+            return
+        self._reach, self._connecting = reach, None
         log.info(
             "sender connected",
-            extra={"endpoint": self.endpoint, "transport": self._transport},
+            extra={"endpoint": self.endpoint, "transport": reach.transport},
         )
-
-    def _wanted(self, order: Order) -> Wanted:
-        assert self._opened is not None
-        block_tokens = self._opened.layout.block_tokens
-        links = chain(order.token_ids, block_tokens, salt=order.salt, lora=order.lora)
-        tokens = len(order.token_ids)
-        return Wanted(
-            Expectation(tokens, links, order.model_digest, order.tokenizer_digest),
-            per_block=block_tokens // self._stride_tokens,
-            begin=order.cached_tokens // self._stride_tokens,
-            end=-(-tokens // self._stride_tokens),
-            lease_s=self._opened.lease_s,
-            sender_rank=self._alike,
-        )
+        now = time.monotonic()
+        for running in list(self._by_handle.values()):
+            effects = running.pull.opened(reach.wanted(running.order), now)
+            self._carry_out(running, effects, now)
 
     # ------------------------------------------------------------ reading
 
@@ -262,17 +242,18 @@ class Connection:
 
     def read(self, room: int, *, alone: bool) -> None:
         """Start reads into `room` bytes. `alone`: nothing is in flight, of no connection."""
-        if not self._stride_bytes:
+        reach = self._reach
+        if reach is None:
             return
         if alone:  # A bound below one stride would be no bound but a standstill.
-            room = max(room, self._stride_bytes)
+            room = max(room, reach.stride_bytes)
         for running in list(self._by_handle.values()):
-            while room >= self._stride_bytes and (size := self._start_read(running, room)):
+            while room >= reach.stride_bytes and (size := self._start_read(running, reach, room)):
                 room -= size
 
-    def _start_read(self, running: _Running, room: int) -> int:
+    def _start_read(self, running: _Running, reach: Reach, room: int) -> int:
         now = time.monotonic()
-        most = max(1, min(room, READ_BYTES_MAX) // self._stride_bytes)
+        most = max(1, min(room, READ_BYTES_MAX) // reach.stride_bytes)
         found = running.pull.next_read(most, now)
         if found is None:
             return 0
@@ -280,10 +261,10 @@ class Connection:
         parts: list[tuple[Peer, Any]] = []
         if not running.flights:
             running.busy_since = now
-        flight = _Flight(number, strides, len(strides) * self._stride_bytes, parts)
+        flight = _Flight(number, strides, len(strides) * reach.stride_bytes, parts)
         running.flights.append(flight)
         try:
-            for route, peer in self._peers:
+            for route, peer in reach.peers:
                 local, remote = route.units(
                     strides, running.order.local_blocks, running.pull.remote
                 )
@@ -314,12 +295,12 @@ class Connection:
             self._carry_out(running, running.pull.read_done(flight.number, now, sums), now)
 
     def _sums(self, running: _Running, flight: _Flight) -> list[int]:
-        if self._alike is None or not running.pull.sums:
+        assert self._reach is not None
+        if self._reach.alike is None or not running.pull.sums:
             return []
-        assert self._opened is not None
         at = flight.strides
         blocks = running.order.local_blocks[at.start : at.stop]
-        mode, seed = checksums.Mode(self._opened.checksums), running.order.handle.encode()
+        mode, seed = checksums.Mode(self._reach.opened.checksums), running.order.handle.encode()
         return checksums.sums(self._mine.memory, blocks, mode, seed, first=at.start)
 
     def _count(self, running: _Running, now: float) -> None:
@@ -330,14 +311,22 @@ class Connection:
 
     # ------------------------------------------------------------ time and trouble
 
+    def idle(self, now: float) -> bool:
+        """Of no use for so long that its sender may be gone for good."""
+        if self._by_handle:
+            self._idle_since = now
+        return now > self._idle_since + IDLE_S_MAX
+
     def tick(self, now: float) -> None:
         for running in list(self._by_handle.values()):
             self._carry_out(running, running.pull.tick(now), now)
 
     def drop(self, reason: str) -> None:
         """Give the sender up. Fence first: only then are the blocks out of its reach."""
-        for _, peer in self._peers:
-            peer.fence()
+        if self._connecting is not None:
+            self._connecting.abandon()
+        if self._reach is not None:
+            self._reach.fence()
         now = time.monotonic()
         for running in list(self._by_handle.values()):
             if running.flights:
@@ -381,6 +370,7 @@ class Connection:
 
     def _end(self, running: _Running, error: str | None) -> None:
         order, pull = running.order, running.pull
+        transport = self._reach.transport if self._reach else ""
         del self._by_handle[order.handle]
         for seq in [s for s, (handle, _) in self._questions.items() if handle == order.handle]:
             del self._questions[seq]
@@ -390,7 +380,7 @@ class Connection:
         token = pull.sealed.manifest.first_token if pull.sealed else None
         self.ended.append(
             Pulled(
-                order.request_id, error, pull.mismatched, self._transport,
+                order.request_id, error, pull.mismatched, transport,
                 running.moved, running.read_s, running.hidden_s, token,
             )
         )  # fmt: skip

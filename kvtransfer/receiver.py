@@ -23,7 +23,8 @@ __all__ = ["Mine", "Order", "Pulled", "Receiver", "Timeouts"]
 
 log = logging.getLogger(__name__)
 
-IN_FLIGHT_BYTES_MAX: Final = 256 << 20
+IN_FLIGHT_BYTES_MAX: Final = 512 << 20
+"""Of one sender half: one that is stopped holds what it has until it is fenced."""
 IDLE_MS: Final = 100
 READING_MS: Final = 1
 """Between two looks at reads that nothing wakes us for. Most are over by the first."""
@@ -96,12 +97,12 @@ class Receiver:
             # All have landed: the room is known, and whoever waits for some sleeps for none.
             for connection in list(self._connections.values()):
                 flying = sum(c.flying for c in self._connections.values())
-                self._guarded(
-                    connection,
-                    partial(connection.read, self._room - flying, alone=not flying),
-                )
+                room = min(self._room - flying, self._room // 2 - connection.flying)
+                self._guarded(connection, partial(connection.read, room, alone=not flying))
                 self._guarded(connection, partial(connection.tick, now))
                 self._report(connection)
+                if connection.idle(now):
+                    self._drop(connection, "idle")
         for connection in list(self._connections.values()):
             self._drop(connection, "closing")
         self._context.term()
@@ -144,7 +145,7 @@ class Receiver:
     def _connection(self, order: Order) -> Connection:
         known = self._connections.get((order.endpoint, order.epoch))
         if known is None:
-            known = Connection(self._context, order, self._mine, self._timeouts)
+            known = Connection(self._context, order, self._mine, self._timeouts, self._wakeup.set)
             self._connections[known.key] = known
         return known
 
@@ -175,7 +176,8 @@ class Receiver:
             self._drop(connection, f"internal error: {error!r}")
 
     def _drop(self, connection: Connection, reason: str) -> None:
-        log.warning("sender dropped", extra={"endpoint": connection.endpoint, "reason": reason})
+        level = logging.INFO if reason in ("idle", "closing") else logging.WARNING
+        log.log(level, "sender dropped", extra={"endpoint": connection.endpoint, "reason": reason})
         del self._connections[connection.key]
         if self._open.get(connection.endpoint) is connection:
             del self._open[connection.endpoint]

@@ -102,7 +102,7 @@ class Pull:
 
     timeouts: Timeouts
     asked_at: float | None
-    """When the open question was asked; the shell opens the sender first."""
+    """When the open question was asked; the shell opens the sender first. None: it has answered."""
     wanted: Wanted | None = None
     generation: int = -1
     remote: list[int] = field(default_factory=list)
@@ -122,6 +122,10 @@ class Pull:
     """Of this generation. A preempted one's blocks are another's by now: only a seal tells."""
 
     # ------------------------------------------------------------ the sender speaks
+
+    def answered(self) -> None:
+        """The sender is there. Connecting to its memory comes next, with a bound of its own."""
+        self.asked_at = None
 
     def opened(self, wanted: Wanted, now: float) -> Effects:
         """The sender's layout is known, and fits."""
@@ -232,9 +236,9 @@ class Pull:
             return [FencePeer(f"a read took longer than {self.timeouts.read_s:g} s")]
         if self.asked_at is not None and now > self.asked_at + self.timeouts.answer_s:
             return [FencePeer(f"the sender did not answer within {self.timeouts.answer_s:g} s")]
-        if self.asked_at is None and self.error is None and now >= self._beat_at:
-            return self._ask(AskRenew(), now)
-        return []
+        if self.wanted is None or self.asked_at is not None or self.error is not None:
+            return []
+        return self._ask(AskRenew(), now) if now >= self._beat_at else []
 
     def cancel(self, now: float) -> Effects:
         """Nobody wants it any more."""

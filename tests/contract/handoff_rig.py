@@ -282,12 +282,13 @@ class Decode:
     def reads(self) -> int:
         return sum(w.begun for w in self.watched)
 
-    def connected(self) -> int:
-        return sum(w.connected for w in self.watched)
+    def connects(self) -> int:
+        return sum(w.connects for w in self.watched)
 
-    def await_connected(self, senders: int) -> None:
+    def await_connects(self, connects: int) -> None:
+        """Until there were so many in all."""
         until = time.monotonic() + PATIENCE_S
-        while self.connected() < senders:
+        while self.connects() < connects:
             assert time.monotonic() < until, "nothing is connected"
             time.sleep(STEP_S)
 

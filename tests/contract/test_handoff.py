@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
@@ -289,3 +290,29 @@ def test_a_transport_that_takes_its_time_to_connect_costs_no_pull_its_answer(
         sender.ask("send", Prompt(f"h{i}", tokens=40))
     for i in range(2):
         well(receiver.ask("outcome", f"h{i}"))
+
+
+@only("memory")
+def test_a_sender_that_is_slow_to_connect_to_holds_up_no_other(world: World) -> None:
+    quick, slow, receiver = world.sender(), world.sender(epoch="slow"), world.receiver()
+    for name in ("before", "meanwhile", "slowly"):
+        (slow if name == "slowly" else quick).ask("send", Prompt(name, tokens=40))
+    receiver.ask("follow", Prompt("before", tokens=40), quick.ask("address"))
+    well(receiver.ask("outcome", "before"))
+    receiver.ask("connect_slowly", 1.0)
+    receiver.ask("follow", Prompt("slowly", tokens=40), slow.ask("address"))
+    receiver.ask("follow", Prompt("meanwhile", tokens=40), quick.ask("address"))
+    well(receiver.ask("outcome", "meanwhile", 0.5))
+    assert receiver.ask("running") == 1
+    well(receiver.ask("outcome", "slowly"))
+
+
+@only("memory")
+def test_a_cancelled_pull_waits_for_no_connection(world: World) -> None:
+    sender, receiver = world.sender(), world.receiver()
+    receiver.ask("connect_slowly", 1.0)
+    sender.ask("send", Prompt("h", tokens=40))
+    receiver.ask("follow", Prompt("h", tokens=40), sender.ask("address"))
+    time.sleep(0.2)
+    receiver.ask("cancel", "h")
+    assert receiver.ask("outcome", "h", 0.5).pulled.error == "cancelled"

@@ -25,9 +25,9 @@ def lead_to(step: str, sender: Any, receiver: Any, handle: str) -> None:
     prompt, at = Prompt(handle, tokens=8 * PROMPT_BLOCKS), STEPS.index(step)
     if not at:
         return
-    connected = receiver.ask("connected")
+    connects = receiver.ask("connects")
     receiver.ask("follow", prompt, sender.ask("address"))
-    receiver.ask("await_connected", connected + 1)
+    receiver.ask("await_connects", connects + 1)
     sender.ask("arrive", prompt)
     if at == 1:
         return

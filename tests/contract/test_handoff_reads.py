@@ -191,9 +191,9 @@ def wake(world: World, sender: Any) -> None:
 
 @only("memory", "tcp")
 def test_bytes_in_flight_never_exceed_the_bound_and_none_of_it_idles(world: World) -> None:
-    cut, bound = Cut(blocks=400), 20_000  # A block is 6,144 bytes.
+    cut, bound = Cut(blocks=400), 20_000  # Of one sender; a block is 6,144 bytes.
     sender = world.sender(cut=cut)
-    receiver = world.receiver(cut=cut, in_flight_bytes_max=bound)
+    receiver = world.receiver(cut=cut, in_flight_bytes_max=2 * bound)
     prompts = [Prompt(f"h{i}", tokens=8 * 12) for i in range(12)]
     for prompt in prompts:
         sender.ask("send", prompt)
@@ -210,6 +210,27 @@ def test_bytes_in_flight_never_exceed_the_bound_and_none_of_it_idles(world: Worl
         well(receiver.ask("outcome", prompt.handle))
     assert bound // 2 < receiver.ask("bytes_at_once") <= bound
     assert time.monotonic() - began < 2, "48 reads of 18 KB"
+
+
+@only("tcp")
+def test_a_stopped_sender_leaves_room_for_another(world: World) -> None:
+    cut = Cut(blocks=4000)
+    stopped, other = world.sender(cut=cut, lease_s=10), world.sender(cut=cut)
+    receiver = world.receiver(cut=cut, in_flight_bytes_max=4 << 20, timeouts=Timeouts(read_s=3))
+    for sender, name in ((stopped, "first"), (other, "second")):
+        sender.ask("send", Prompt(name, tokens=40))
+        receiver.ask("follow", Prompt(name, tokens=40), sender.ask("address"))
+        well(receiver.ask("outcome", name))
+    address = stopped.ask("address")
+    stopped.ask("arrive", Prompt("large", tokens=8 * 2000))
+    receiver.ask("follow", Prompt("large", tokens=8 * 2000), address)
+    stopped.ask("compute", "large", 2000)  # 12 MB, and it can't send what is asked for.
+    stopped.stop()
+    other.ask("send", Prompt("small", tokens=40))
+    receiver.ask("follow", Prompt("small", tokens=40), other.ask("address"))
+    well(receiver.ask("outcome", "small", 2.0))
+    assert "took longer" in receiver.ask("outcome", "large").pulled.error
+    stopped.wake()
 
 
 @only("memory")

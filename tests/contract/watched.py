@@ -22,7 +22,8 @@ class Watched:
         self.open = threading.Event()
         self.open.set()
         self.begun = 0
-        self.connected = 0
+        self.connects = 0
+        """Those that are fenced by now included."""
         self.connect_s = 0.0
         """What it takes to connect, besides."""
         self.flying = 0
@@ -46,7 +47,7 @@ class Watched:
     def connect(self, memory: Memory, description: bytes, unit_bytes: int) -> WatchedPeer:
         time.sleep(self.connect_s)
         peer = WatchedPeer(self, self._inner.connect(memory, description, unit_bytes), unit_bytes)
-        self.connected += 1
+        self.connects += 1
         return peer
 
 
@@ -54,7 +55,6 @@ class WatchedPeer:
     def __init__(self, watched: Watched, inner: Peer, unit_bytes: int) -> None:
         self._watched, self._inner, self._unit_bytes = watched, inner, unit_bytes
         self._flying: dict[int, int] = {}
-        self._fenced = False
 
     def read(self, local: Units, remote: Units) -> Any:
         late, self._watched.next_is_late = self._watched.next_is_late, False
@@ -86,8 +86,6 @@ class WatchedPeer:
 
     def fence(self) -> None:
         self._inner.fence()
-        self._watched.connected -= not self._fenced
-        self._fenced = True
         self._watched.flying -= sum(self._flying.values())
         self._flying.clear()
 

@@ -60,6 +60,8 @@ class Prompt:
     ids: list[int] = field(default_factory=list)
     generation: int = 0
     state: str = "unknown"
+    unreached: Wanted | None = None
+    """While its sender is being connected to."""
     ends: list[str | None] = field(default_factory=list)
     questions: dict[int, float] = field(default_factory=dict)
 
@@ -99,8 +101,8 @@ class Handoffs(RuleBasedStateMachine):
     # ------------------------------------------------------------ what can happen
 
     @precondition(lambda self: len(self.prompts) < 2)
-    @rule(length=st.integers(1, 17), cached=st.integers(0, 3))
-    def want(self, length: int, cached: int) -> None:
+    @rule(length=st.integers(1, 17), cached=st.integers(0, 3), at_once=st.booleans())
+    def want(self, length: int, cached: int, at_once: bool) -> None:
         handle = f"h{next(self.count)}"
         tokens = [hash((handle, i)) % 1000 for i in range(length)]
         first = min(cached, (length - 1) // BLOCK)
@@ -108,10 +110,23 @@ class Handoffs(RuleBasedStateMachine):
         prompt = Prompt(handle, tokens, self.epoch, first, pull)
         prompt.links = chain(tokens, BLOCK, salt=None, lora=None)
         self.prompts[handle] = prompt
-        wanted = Wanted(
+        prompt.unreached = Wanted(
             Expectation(length, prompt.links, "m", "t"), 1, first, prompt.blocks, LEASE_S
         )
-        self.effects(prompt, pull.opened(wanted, self.now))
+        pull.answered()
+        if at_once:
+            self.reach(prompt)
+
+    @rule(index=st.integers(0, 3))
+    def connect(self, index: int) -> None:
+        """To connect may take as long as it likes, and anything happen meanwhile."""
+        if prompt := self.some(index):
+            self.reach(prompt)
+
+    def reach(self, prompt: Prompt) -> None:
+        wanted, prompt.unreached = prompt.unreached, None
+        if wanted is not None:
+            self.effects(prompt, prompt.pull.opened(wanted, self.now))
 
     def arrive(self, index: int) -> None:
         prompt = self.some(index, "unknown")
@@ -346,6 +361,9 @@ class Handoffs(RuleBasedStateMachine):
         if not hasattr(self, "prompts"):
             return
         self.wire.clear()
+        for prompt in self.prompts.values():  # Connecting has a bound of its own.
+            self.reach(prompt)
+        self.wire.clear()
         for _ in range(40):
             self.now += 1.0
             self.say(self.book.expire(self.now))
@@ -366,7 +384,7 @@ def test_a_pull_that_nothing_disturbs_ends_well_and_frees_the_sender() -> None:
     """The machine above could hold its laws by never finishing anything."""
     world = Handoffs()
     world.begin()
-    world.want(length=17, cached=1)
+    world.want(length=17, cached=1, at_once=True)
     (prompt,) = world.prompts.values()
     for _ in range(3):
         world.arrive(0)
