@@ -127,11 +127,30 @@ async def _serve(
         loop.add_signal_handler(number, stop.set)
     try:
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(worker.run()), tasks.create_task(http.run())]
+            running = [
+                tasks.create_task(worker.run()),
+                tasks.create_task(http.run()),
+                tasks.create_task(_limit_loading(worker, settings.load_s)),
+            ]
             tasks.create_task(_until_stopped(stop, worker, settings.drain_s, running))
     finally:
         engine.close()
         channel.close()
+
+
+async def _limit_loading(worker: Worker, load_s: float) -> None:
+    """An engine whose own process died while it loaded may never tell."""
+    await asyncio.sleep(load_s)
+    if worker.loading:
+        print(f"tandem worker: the engine is not loaded after {load_s:g} s", file=sys.stderr)
+        _leave_loading(1)
+
+
+def _leave_loading(status: int) -> None:
+    """The load runs in a thread that nothing can end. Our guard ends the engine's processes."""
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 async def _until_stopped(
@@ -139,10 +158,8 @@ async def _until_stopped(
 ) -> None:
     await stop.wait()
     if worker.loading:
-        # The load runs in a thread that nothing can end. Our guard ends the engine's processes.
         log.info("stopped while loading")
-        logging.shutdown()
-        os._exit(0)
+        _leave_loading(0)
     if worker.ready is None:
         stop.clear()
         drain = asyncio.ensure_future(worker.drain(drain_s))

@@ -31,6 +31,7 @@ class WorkerSettings(BaseSettings):
     address_file: FileToWrite | None = Field(
         None, description="where its addresses are written once the sockets are bound"
     )
+    load_s: Seconds = Field(1800.0, description="how long loading may take, in seconds")
     lease_s: Seconds = Field(30.0, description="how long KV is kept unread, in seconds")
     drain_s: Seconds = Field(30.0, description="how long SIGTERM waits, in seconds")
     kv_connector: Literal["tandem", "nixl", "none"] = Field(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +15,11 @@ import psutil
 import pytest
 
 from tests.integration.asking import LEASE_S, MODEL, await_free, complete
+from tests.integration.conftest import FLAGS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from deploy.local.group import LocalGroup
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
@@ -160,3 +166,20 @@ def test_a_killed_decode_worker_ends_the_stream_with_an_error_and_its_successor_
         assert time.monotonic() < until
         time.sleep(0.3)
     await_free(group, LEASE_S + 5)
+
+
+def test_a_worker_that_does_not_load_in_time_ends_and_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, "-m", "tandem", "worker", "--role", "mixed", "--model", MODEL]
+    everyone: set[psutil.Process] = set()
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen([*command, "--load-s", "0.5", *FLAGS], stderr=out)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            everyone.update(psutil.Process(process.pid).children(recursive=True))
+        time.sleep(0.05)
+    assert "the engine is not loaded after 0.5 s" in log.read_text()
+    assert process.returncode == 1
+    assert psutil.wait_procs(list(everyone), timeout=5)[1] == []

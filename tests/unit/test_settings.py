@@ -37,6 +37,7 @@ WORKER: dict[str, tuple[str, Any]] = {
     "http_port": ("1", 1),
     "worker_id": ("decode-0.pods", "decode-0.pods"),
     "address_file": ("/address.json", Path("/address.json")),
+    "load_s": ("90", 90.0),
     "lease_s": ("0.25", 0.25),
     "drain_s": ("3600", 3600.0),
     "kv_connector": ("nixl", "nixl"),
