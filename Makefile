@@ -65,9 +65,10 @@ serve: model  ## router, prefill and decode on this machine, until Ctrl-C
 test: model  ## every test, real engines included, in tiers (TIERS="unit contract" for some)
 	@BIN=$(BIN) .ci/test $(TIERS)
 
-.PHONY: faults
-faults: model  ## workers stopped and killed at every moment, over every transport (an hour)
-	@TANDEM_FAULTS=all $(BIN)/python -m pytest tests/integration/test_handoff_faults.py
+.PHONY: test-long
+test-long: model  ## what `make test` has no time for: every fault over every transport, unlike layouts
+	@TANDEM_LONG=1 $(BIN)/python -m pytest tests/integration/test_handoff_faults.py \
+	    tests/integration/test_layouts.py
 
 .PHONY: sim
 sim: setup  ## the whole fleet simulated: SEEDS (1000) runs from SEED (0) on; SEED alone is one run

@@ -13,7 +13,7 @@ import httpx
 from deploy.local.parts import Part, end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _SHARED_FLAGS = ("--max-model-len", "--dtype")
 """Flags that the router must have as the workers do."""
@@ -30,16 +30,17 @@ class LocalGroup:
         decode: int = 1,
         port: int = 0,
         flags: Sequence[str] = (),
+        role_flags: Mapping[str, Sequence[str]] | None = None,
         router_flags: Sequence[str] = (),
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`flags` are vLLM's, for all workers, `router_flags` its front's.
-
-        `progress` is told each thing that happens.
+        """`flags` are vLLM's, for all workers, `role_flags` for those of a role besides;
+        `router_flags` its front's. `progress` is told each thing that happens.
         """
         self._model = model
         self._port = port
         self._flags = list(flags)
+        self._role_flags = role_flags or {}
         self._router_flags = list(router_flags)
         self._progress = progress
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-")
@@ -133,7 +134,8 @@ class LocalGroup:
 
     def _worker(self, role: str, name: str, core: int) -> Part:
         own = ["--role", role, "--model", self._model, "--worker-id", name, "--drain-s", "5"]
-        return self._part(name, ["worker", *own, *self._flags], core)
+        flags = [*self._flags, *self._role_flags.get(role, ())]
+        return self._part(name, ["worker", *own, *flags], core)
 
     def _make_router(self, name: str, flags: Sequence[str]) -> Part:
         shared = []

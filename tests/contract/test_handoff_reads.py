@@ -214,7 +214,7 @@ def test_bytes_in_flight_never_exceed_the_bound_and_none_of_it_idles(world: Worl
 
 @only("tcp")
 def test_a_stopped_sender_leaves_room_for_another(world: World) -> None:
-    cut = Cut(blocks=4000)
+    cut = Cut(blocks=320, head_token_bytes=4096)  # A block is 393 KB.
     stopped, other = world.sender(cut=cut, lease_s=10), world.sender(cut=cut)
     receiver = world.receiver(cut=cut, in_flight_bytes_max=4 << 20, timeouts=Timeouts(read_s=3))
     for sender, name in ((stopped, "first"), (other, "second")):
@@ -222,10 +222,10 @@ def test_a_stopped_sender_leaves_room_for_another(world: World) -> None:
         receiver.ask("follow", Prompt(name, tokens=40), sender.ask("address"))
         well(receiver.ask("outcome", name))
     address = stopped.ask("address")
-    stopped.ask("arrive", Prompt("large", tokens=8 * 2000))
-    receiver.ask("follow", Prompt("large", tokens=8 * 2000), address)
-    stopped.ask("compute", "large", 2000)  # 12 MB, and it can't send what is asked for.
-    stopped.stop()
+    stopped.ask("arrive", Prompt("large", tokens=8 * 300))
+    receiver.ask("follow", Prompt("large", tokens=8 * 300), address)
+    stopped.ask("compute", "large", 300)
+    stopped.stop()  # Long before all of the 118 MB are there.
     other.ask("send", Prompt("small", tokens=40))
     receiver.ask("follow", Prompt("small", tokens=40), other.ask("address"))
     well(receiver.ask("outcome", "small", 2.0))

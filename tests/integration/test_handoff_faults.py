@@ -46,7 +46,7 @@ within everybody's patience, 7 beyond it."""
 Kill = tuple[str, float]
 WORKERS, MOMENTS = (PREFILL, DECODE), (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 
-# `make test` has time for some of each; `make faults` tries all.
+# `make test` has time for some of each; `make test-long` tries all.
 SOME_STOPS: dict[str, list[Stop]] = {
     "ucx": [(PREFILL, 0.4, 7.0), (DECODE, 0.0, 7.0)],
     "tcp": [(PREFILL, 0.9, 7.0), (DECODE, 0.4, 7.0)],
@@ -59,7 +59,7 @@ SOME_KILLS: dict[str, list[Kill]] = {
     "collective": [(PREFILL, 0.3)],
 }
 ALL_KILLS: list[Kill] = [(w, m) for w in WORKERS for m in MOMENTS]
-EVERYTHING = os.environ.get("TANDEM_FAULTS") == "all"
+EVERYTHING = os.environ.get("TANDEM_LONG") == "1"
 
 
 PROMPTS = 9
