@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import aclosing
 from copy import copy
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +22,7 @@ from vllm.v1.metrics.stats import PrefillStats
 
 from router.ask import Ask
 from router.core.errors import RequestInvalid, RouterError
+from router.plain import PlainStreams
 from workers.api import Delta, Finish
 from workers.vllm_codec import decode_extras, encode_request
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from vllm.tasks import SupportedTask
 
     from router.dispatch import Dispatch
+    from router.plain import Piece
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class DisaggregatedEngine(EngineClient):  # type: ignore[misc]
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
+        self.plain_streams = PlainStreams(self.renderer.tokenizer)
         self._dispatch: Dispatch | None = None
 
     def attach(self, dispatch: Dispatch) -> None:
@@ -106,7 +110,15 @@ class DisaggregatedEngine(EngineClient):  # type: ignore[misc]
         """Generate for one request; `options` are those of vLLM's `EngineClient.generate`.
 
         Raises VLLMValidationError (4xx), `Refusal` or `Broken`. Closing the generator aborts.
+        Whoever wanted a plain stream of this name gets `Piece`s.
         """
+        if self.plain_streams.wanted(request_id):
+            async with aclosing(
+                self._generate_plain(prompt, sampling_params, request_id, options)
+            ) as pieces:
+                async for piece in pieces:
+                    yield piece
+            return
         requests, queue = await self._add(prompt, sampling_params, request_id, options)
         ended = False
         try:
@@ -121,6 +133,27 @@ class DisaggregatedEngine(EngineClient):  # type: ignore[misc]
                 self.output_processor.abort_requests(ids, internal=True)
                 self.dispatch.cancel(ids)
             queue.close()
+
+    async def _generate_plain(
+        self, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any]
+    ) -> AsyncGenerator[Piece, None]:
+        request = await self._process(prompt, params, request_id, options)
+        internal_id, ended = request.request_id, False
+        stream = self.plain_streams.open(request)
+        try:
+            try:
+                self.dispatch.submit(_ask(request))
+            except RouterError as error:
+                ended = True
+                raise Refusal(error) from error
+            while not ended:
+                piece = await stream.next()
+                ended = piece.finish is not None
+                yield piece
+        finally:
+            self.plain_streams.close(internal_id)
+            if not ended:
+                self.dispatch.cancel([internal_id])
 
     async def _add(
         self,
@@ -184,21 +217,29 @@ class DisaggregatedEngine(EngineClient):  # type: ignore[misc]
     # ------------------------------------------------------------ the dispatch's sink
 
     def deliver(self, deltas: list[Delta], prompt_extras: dict[str, bytes]) -> None:
-        outputs = [_output(delta, prompt_extras.get(delta.request_id)) for delta in deltas]
-        processed = self.output_processor.process_outputs(outputs, time.monotonic())
-        if processed.reqs_to_abort:
-            self.dispatch.enough(processed.reqs_to_abort)
+        outputs, enough = [], []
+        for delta in deltas:
+            if stream := self.plain_streams.get(delta.request_id):
+                if stream.take(delta):
+                    enough.append(delta.request_id)
+            else:
+                outputs.append(_output(delta, prompt_extras.get(delta.request_id)))
+        if outputs:
+            processed = self.output_processor.process_outputs(outputs, time.monotonic())
+            enough += processed.reqs_to_abort
+        if enough:
+            self.dispatch.enough(enough)
 
     def fail(self, request_id: str, error: RouterError) -> None:
+        if stream := self.plain_streams.get(request_id):
+            stream.fail(_client_error(error))
+            return
         state = self.output_processor.request_states.get(request_id)
         if state is None or state.queue is None:
             return
         queue = state.queue
         self.output_processor.abort_requests([request_id], internal=True)
-        if isinstance(error, RequestInvalid):
-            queue.put(VLLMValidationError(str(error)))
-        else:
-            queue.put(Broken(error))
+        queue.put(_client_error(error))
 
     # ------------------------------------------------------------ the rest of EngineClient
 
@@ -318,6 +359,10 @@ def may_relay(params: SamplingParams) -> bool:
         or params.extra_args
     )
     return not looks_at_output and (greedy or params.seed is None)
+
+
+def _client_error(error: RouterError) -> Exception:
+    return VLLMValidationError(str(error)) if isinstance(error, RequestInvalid) else Broken(error)
 
 
 def _output(delta: Delta, prompt_extras: bytes | None) -> EngineCoreOutput:

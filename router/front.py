@@ -22,6 +22,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from router.core.conversation import roles_in, trouble
 from router.core.errors import RouterError
 from router.engine import Broken, Refusal
+from router.plain import splice
 
 if TYPE_CHECKING:
     import argparse
@@ -68,6 +69,7 @@ async def build_front(
     _check_conversations(engine.renderer, args.chat_template)
     app: FastAPI = build_app(args, _TASKS, engine.model_config)
     await init_app_state(engine, app.state, args, _TASKS)
+    splice(engine.plain_streams, app.state)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(Broken, _refused)
     # vLLM's handler is FastAPI's class's only, and misses what Starlette itself raises.

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TOP = Path(__file__).parents[2]
-PUBLIC, SECRET = zmq.curve_keypair()
+# Always the same, as their tests' names are made of it.
+SECRET = b"JTKVSB%%)wK0E.X)V>+}o?pNmC{O&4W4b!Ni{Lh6"
+PUBLIC = zmq.curve_public(SECRET)
 NAMES = ("worker.secret", "worker.public", "router.secret", "router.public")
 READERS = [read_secret, read_public]
 

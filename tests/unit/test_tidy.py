@@ -24,7 +24,7 @@ PARAMETERS_MAX = 5
 BANNED_NAMES = {"utils", "common", "helpers", "misc"}
 MAY_IMPORT_VLLM = re.compile(
     r"kvtransfer/vllm_\w+\.py|workers/engines/vllm\w*\.py|workers/vllm_codec\.py"
-    r"|router/(front|engine)\.py|loadtests/bare_front\.py"
+    r"|router/(front|engine|plain)\.py|loadtests/bare_front\.py"
 )
 MACHINE_PATH = re.compile("/" + r"(work|root|farm)/|/tmp/" + r"[a-z]+/")
 
