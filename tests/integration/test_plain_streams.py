@@ -51,6 +51,12 @@ def events(url: str, asked: dict[str, Any]) -> list[dict[str, Any]]:
     assert lines[-1] == "data: [DONE]"
     found = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert len({(event.pop("id"), event.pop("created")) for event in found}) == 1
+    for event in found:
+        if "system_fingerprint" in event:  # A hash of the engine's configuration.
+            event["system_fingerprint"] = "..."
+        # What a prompt added to a cache no worker tells.
+        details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
+        details.pop("created_cache_tokens", None)
     return found
 
 
