@@ -82,7 +82,8 @@ class HandoffStats(KVConnectorStats):  # type: ignore[misc]
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         pulls = [*self.data.get("pulls", []), *other.data.get("pulls", [])]
-        self.data = {**self.data, **other.data, "pulls": pulls}
+        cache = [*self.data.get("cache", []), *other.data.get("cache", [])]
+        self.data = {**self.data, **other.data, "pulls": pulls, "cache": cache}
         return self
 
     def reduce(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.v1.request import RequestStatus
 
 from kvtransfer.core.manifest import chain
@@ -253,6 +254,13 @@ class SchedulerHalf:
         for request_id in output.finished_recving or ():
             self._pulling.pop(request_id, None)
 
+    def _cache_changes(self) -> list[list[Any]]:
+        """Taken before vLLM would publish them, and so with the very step that they are of."""
+        if self._blocks is None:
+            return []
+        events = self._blocks.take_events() or ()
+        return [told for event in events if (told := _told(event, self._block_tokens)) is not None]
+
     def _in_last_step(self, produced: _Produced) -> bool:
         """News: the present step, or the next, completes this prompt."""
         left = produced.request.num_prompt_tokens - produced.after
@@ -269,6 +277,7 @@ class SchedulerHalf:
             {
                 "pulls": failures,
                 "last_steps": last_steps,
+                "cache": self._cache_changes(),
                 "leases_open": sender.leases_open if sender else 0,
                 "leases_expired": sender.leases_expired_total if sender else 0,
                 "endpoint": sender.endpoint if sender else "",
@@ -277,6 +286,34 @@ class SchedulerHalf:
                 "transports": [r.transport for r in facts.regions] if facts else [],
             }
         )
+
+
+def _told(event: Any, block_tokens: int) -> list[Any] | None:
+    """A change of the prefix cache as the worker's process reads it; None for what none can hit.
+
+    Keys, first parent, tokens, salt and adapter of what is stored; keys of what is removed; `[]`
+    when all is gone. Blocks with an image in them are left out, and so what follows them: their
+    tokens do not say which image.
+    """
+    match event:
+        case AllBlocksCleared():
+            return []
+        case _ if event.group_idx not in (None, 0):
+            return None
+        case BlockRemoved():
+            return [event.block_hashes]
+        case BlockStored() if event.block_size == block_tokens:
+            extras = event.extra_keys or [None] * len(event.block_hashes)
+            plain = [not any(isinstance(e, tuple) for e in extra or ()) for extra in extras]
+            count = plain.index(False) if False in plain else len(plain)
+            names = [e for e in extras[0] or () if isinstance(e, str)]
+            salts = names[1:] if event.lora_name else names
+            return [
+                event.block_hashes[:count], event.parent_block_hash,
+                event.token_ids[: count * block_tokens], salts[0] if salts else None,
+                event.lora_name,
+            ] if count else None  # fmt: skip
+    return None
 
 
 def _family(facts: WorkerFacts) -> str:

@@ -20,7 +20,7 @@ from router.core.compat import RouterFacts
 from router.dispatch import Dispatch
 from router.journal import Journal
 from router.link import Curve, Links
-from router.metrics import Metrics
+from router.metrics import CacheMetrics, Metrics
 from router.settings import RouterSettings
 from workers.addresses import write_addresses
 from workers.digests import model_digest, tokenizer_digest
@@ -104,6 +104,7 @@ async def _serve(
 
     journal = Journal(Metrics())
     dispatch = Dispatch(send, engine, time.monotonic, journal, settings.reserve)
+    CacheMetrics(dispatch.caches)
     engine.attach(dispatch)
     links = Links(settings.workers, facts, dispatch, curve)
     app = await build_front(engine, links, dispatch, front)

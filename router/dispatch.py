@@ -7,25 +7,36 @@ runs behind HTTP and in the simulator.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from router.ask import Ask, Reserve
 from router.core import lifecycle as life
+from router.core.caches import Caches
 from router.core.errors import NoWorkers, Overloaded
 from router.core.fleet import Fleet
 from router.core.placement import Prompt, place
 from router.journal import Journal
-from workers.api import Abort, Batch, Delta, Finish, Generate, Phase, Release, make_ticket
+from router.live import Live, Step
+from workers.api import (
+    Abort,
+    Batch,
+    Delta,
+    Finish,
+    Generate,
+    KvAsk,
+    Phase,
+    Release,
+    make_ticket,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from router.core.errors import RouterError
     from router.core.placement import Placement
-    from workers.api import ToWorker, WorkerHello
+    from workers.api import KvSnapshot, ToWorker, WorkerHello
 
 log = logging.getLogger(__name__)
 
@@ -47,26 +58,6 @@ class Sink(Protocol):
     def fail(self, request_id: str, error: RouterError) -> None: ...
 
 
-@dataclass(slots=True)
-class _Live:
-    ask: Ask
-    state: life.State
-    progress_at: float
-    wire_id: str = ""
-    """Of this attempt's decode phase; its prefill phase has `PREFILL_SUFFIX` behind it."""
-    prompt_extras: bytes | None = None
-    cached_tokens: int | None = None
-    """Of the prefill worker: what its cache saved this request."""
-
-
-@dataclass(slots=True)
-class _Step:
-    """What one batch brings to the sink, gathered so that it is told once."""
-
-    deltas: list[Delta] = field(default_factory=list)
-    prompt_extras: dict[str, bytes] = field(default_factory=dict)
-
-
 class Dispatch:
     """All live requests of one router."""
 
@@ -79,13 +70,14 @@ class Dispatch:
         reserve: Reserve = Reserve.AT_LAST_STEP,
     ) -> None:
         self.fleet = Fleet()
+        self.caches = Caches()
         self._reserve = reserve
         self.journal = journal or Journal()
         self._send = send
         self._sink = sink
         self._clock = clock
-        self._live: dict[str, _Live] = {}
-        self._by_wire: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
+        self._by_wire: dict[str, Live] = {}
 
     def __len__(self) -> int:
         return len(self._live)
@@ -102,7 +94,7 @@ class Dispatch:
         """Start a request. Raises NoWorkers or Overloaded; then nothing has been started."""
         self.check()
         now = self._clock()
-        live = _Live(ask, life.Placing(), progress_at=now)
+        live = Live(ask, life.Placing(), progress_at=now)
         self._live[ask.request_id] = live
         self.journal.start(ask.request_id, ask.name, len(ask.prompt_token_ids), now)
         self._place(live, life.Place(), now)
@@ -125,12 +117,20 @@ class Dispatch:
         if known:
             self.on_lost(hello.worker_id, "restarted")
         self.fleet.join(hello, now)
+        if self.caches.join(hello, now):
+            self._send(hello.worker_id, KvAsk())
+
+    def on_snapshot(self, worker_id: str, news: KvSnapshot) -> None:
+        """A part of what a worker's prefix cache holds."""
+        if self.caches.snapshot(worker_id, news, self._clock()):
+            self._send(worker_id, KvAsk())
 
     def on_lost(self, worker_id: str, reason: str) -> None:
         """A worker is gone, and with it whatever it held."""
         if self.fleet.get(worker_id) is None:
             return
         self.fleet.remove(worker_id)
+        self.caches.leave(worker_id)
         now = self._clock()
         log.warning("worker lost", extra={"worker": worker_id, "reason": reason})
         for live in list(self._live.values()):
@@ -139,8 +139,10 @@ class Dispatch:
     def on_batch(self, worker_id: str, batch: Batch) -> None:
         """One engine step of one worker."""
         now = self._clock()
-        self.fleet.report(worker_id, batch.load, now)
-        step = _Step()
+        self.fleet.report(worker_id, batch.load, batch.heard, now)
+        if batch.kv and self.caches.events(worker_id, batch.kv_seq, batch.kv, now):
+            self._send(worker_id, KvAsk())
+        step = Step()
         for delta in batch.deltas:
             live = self._by_wire.get(delta.request_id)
             if live is None:
@@ -158,12 +160,14 @@ class Dispatch:
         now = self._clock()
         for worker_id, reason in self.fleet.dead(now):
             self.on_lost(worker_id, reason)
+        for worker_id in self.caches.overdue(now):
+            self._send(worker_id, KvAsk())
         for live in [r for r in self._live.values() if now - r.progress_at > STUCK_S]:
             self._advance(live, life.Stuck(now - live.progress_at), now)
 
     # ------------------------------------------------------------ transitions
 
-    def _on_delta(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
+    def _on_delta(self, live: Live, worker_id: str, delta: Delta, step: Step) -> None:
         now = live.progress_at
         prefill = delta.request_id.endswith(PREFILL_SUFFIX)
         if delta.last_step:
@@ -182,6 +186,7 @@ class Dispatch:
                     return  # The decode worker was heard first, and said it all.
                 live.prompt_extras = delta.extras
                 live.cached_tokens = delta.cached_tokens
+                self._judge(live, worker_id, delta)
                 if delta.token_ids:
                     done = finish is Finish.PREFILLED
                     told = msgspec.structs.replace(
@@ -196,7 +201,7 @@ class Dispatch:
             case _:
                 self._on_tokens(live, worker_id, delta, step)
 
-    def _on_tokens(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
+    def _on_tokens(self, live: Live, worker_id: str, delta: Delta, step: Step) -> None:
         now, ended = live.progress_at, delta.finish is not None
         said = delta.token_ids
         new = life.unsaid(live.state, said)
@@ -209,9 +214,10 @@ class Dispatch:
         self._gather(live, worker_id, delta, step)
         self._advance(live, life.Tokens(len(said), ended), now)
 
-    def _gather(self, live: _Live, worker_id: str, delta: Delta, step: _Step) -> None:
+    def _gather(self, live: Live, worker_id: str, delta: Delta, step: Step) -> None:
         request_id = live.ask.request_id
         if delta.cached_tokens is not None:
+            self._judge(live, worker_id, delta)
             cached_tokens = _cached_tokens(live.cached_tokens, delta)
             delta = msgspec.structs.replace(delta, cached_tokens=cached_tokens)
             self.journal.pulled(request_id, delta)
@@ -219,11 +225,22 @@ class Dispatch:
             step.prompt_extras[request_id] = live.prompt_extras
             live.prompt_extras = None
         if view := self.fleet.get(worker_id):
-            view.prefill_tokens_placed.pop(request_id, None)
+            view.unheard.pop(request_id, None)
         self.journal.tokens(request_id, len(delta.token_ids), live.progress_at)
         if delta.request_id != request_id:  # The wire's id has the try in it.
             delta = msgspec.structs.replace(delta, request_id=request_id)
         step.deltas.append(delta)
+
+    def _judge(self, live: Live, worker_id: str, delta: Delta) -> None:
+        """What the index said of this prompt, beside what the one who computed it says."""
+        if worker_id != live.computes_on or delta.cached_tokens is None:
+            return
+        live.computes_on = ""  # Once.
+        predicted, prompt_tokens = live.predicted_tokens, len(live.ask.prompt_token_ids)
+        actual, now = delta.cached_tokens, live.progress_at
+        if self.caches.judge(worker_id, predicted, actual, prompt_tokens, now):
+            log.warning("prefix index not believed", extra={"worker": worker_id})
+            self._send(worker_id, KvAsk())
 
     def _for_each(self, request_ids: Iterable[str], event: life.Event) -> None:
         now = self._clock()
@@ -231,7 +248,7 @@ class Dispatch:
             if live := self._live.get(request_id):
                 self._advance(live, event, now)
 
-    def _advance(self, live: _Live, event: life.Event, now: float) -> None:
+    def _advance(self, live: Live, event: life.Event, now: float) -> None:
         before = live.state
         live.state, effects = life.advance(before, event)
         if type(live.state) is not type(before):
@@ -241,7 +258,7 @@ class Dispatch:
         if isinstance(live.state, life.Ended):
             self._forget(live, live.state.outcome, now)
 
-    def _carry_out(self, live: _Live, effect: life.Effect, now: float) -> None:
+    def _carry_out(self, live: Live, effect: life.Effect, now: float) -> None:
         match effect:
             case life.Deliver():
                 pass  # Gathered by `_on_delta`: the sink is told once a batch.
@@ -263,9 +280,10 @@ class Dispatch:
                 self.journal.failed(live.ask.request_id, error)
                 self._sink.fail(live.ask.request_id, error)
 
-    def _place(self, live: _Live, effect: life.Place, now: float) -> None:
+    def _place(self, live: Live, effect: life.Place, now: float) -> None:
         ask = live.ask
-        prompt = Prompt(len(ask.prompt_token_ids), ask.max_tokens)
+        cached = self.caches.cached_tokens(ask.prompt_token_ids, ask.cache_salt, ask.lora_name)
+        prompt = Prompt(len(ask.prompt_token_ids), ask.max_tokens, cached)
         avoid = frozenset({effect.avoid} if effect.avoid else ())
         event: life.Event
         try:
@@ -273,11 +291,13 @@ class Dispatch:
         except NoWorkers as error:
             event = life.NotPlaced(error)
         else:
-            self.journal.placed(ask.request_id, placement)
+            live.computes_on = placement.prefill or placement.decode
+            live.predicted_tokens = cached.get(live.computes_on, 0)
+            self.journal.placed(ask.request_id, placement, live.predicted_tokens)
             event = self._placed(live, placement)
         self._advance(live, event, now)
 
-    def _placed(self, live: _Live, placement: Placement) -> life.Placed:
+    def _placed(self, live: Live, placement: Placement) -> life.Placed:
         assert isinstance(live.state, life.Placing)
         # Ids are single use: a late answer to a former try must not be taken for this one's.
         attempt, ask = live.state.attempt, live.ask
@@ -292,12 +312,14 @@ class Dispatch:
         reserve = at_once and ticket is not None
         return life.Placed(prefill.id, placement.decode, ticket, reserve)
 
-    def _generate(self, live: _Live, worker: str, phase: Phase, ticket: bytes | None) -> None:
+    def _generate(self, live: Live, worker: str, phase: Phase, ticket: bytes | None) -> None:
         ask = live.ask
         wire_id = live.wire_id + (PREFILL_SUFFIX if phase is Phase.PREFILL else "")
         self._by_wire[wire_id] = live
         state = live.state
         made = isinstance(state, life.Prefilling) and state.ticket is not None
+        if view := self.fleet.get(worker):
+            view.sent += 1
         self._send(
             worker,
             Generate(
@@ -316,7 +338,7 @@ class Dispatch:
             ),
         )
 
-    def _forget_wires(self, live: _Live) -> None:
+    def _forget_wires(self, live: Live) -> None:
         self._by_wire.pop(live.wire_id, None)
         self._by_wire.pop(live.wire_id + PREFILL_SUFFIX, None)
 
@@ -326,12 +348,12 @@ class Dispatch:
 
     # ------------------------------------------------------------ accounts
 
-    def _account(self, live: _Live) -> None:
+    def _account(self, live: Live) -> None:
         """Count the request where it now is, and nowhere else."""
         request_id, state = live.ask.request_id, live.state
         prompt_tokens = len(live.ask.prompt_token_ids)
         for each in self.fleet:
-            each.prefill_tokens_placed.pop(request_id, None)
+            each.unheard.pop(request_id, None)
             each.streams.discard(request_id)
         if not isinstance(state, (life.Prefilling, life.Decoding)):
             return
@@ -343,9 +365,9 @@ class Dispatch:
         elif state.prefill is None:
             computing = decode
         if computing:
-            computing.prefill_tokens_placed[request_id] = prompt_tokens
+            computing.place(request_id, prompt_tokens - live.predicted_tokens)
 
-    def _forget(self, live: _Live, outcome: life.Outcome, now: float) -> None:
+    def _forget(self, live: Live, outcome: life.Outcome, now: float) -> None:
         if self._live.pop(live.ask.request_id, None) is not None:
             self._forget_wires(live)
             self.journal.end(live.ask.request_id, outcome, now)

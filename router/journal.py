@@ -32,6 +32,8 @@ class Record(msgspec.Struct):
     cached_tokens: int = 0
     """Prompt tokens that nobody had to compute: the prefill worker's cache held them, or, where
     one worker did both, its own. The client's usage says the same."""
+    predicted_tokens: int = 0
+    """What the index said of `cached_tokens` when it was placed."""
     kv_tokens: int = 0
     kv_bytes: int = 0
     kv_s: float = 0.0
@@ -69,11 +71,12 @@ class Journal:
         if len(self._records) > RECORDS_MAX:
             self._records.popitem(last=False)
 
-    def placed(self, request_id: str, placement: Placement) -> None:
+    def placed(self, request_id: str, placement: Placement, predicted_tokens: int) -> None:
         if record := self._records.get(request_id):
             record.attempts += 1
             record.prefill_worker = placement.prefill
             record.decode_worker = placement.decode
+            record.predicted_tokens = predicted_tokens
 
     def pulled(self, request_id: str, delta: Delta) -> None:
         """The decode worker's first delta says how the prompt's KV got there."""

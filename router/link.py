@@ -16,6 +16,7 @@ from workers.api import (
     PROTOCOL,
     Batch,
     Heartbeat,
+    KvSnapshot,
     Refused,
     RouterHello,
     WorkerHello,
@@ -153,7 +154,9 @@ class Link:
         match message:
             case Batch() if self.worker_id is not None:
                 self._links.dispatch.on_batch(self.worker_id, message)
-            case Batch():
+            case KvSnapshot() if self.worker_id is not None:
+                self._links.dispatch.on_snapshot(self.worker_id, message)
+            case Batch() | KvSnapshot():
                 pass  # From before we knew each other.
             case WorkerHello():
                 self._welcome(message)

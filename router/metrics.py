@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client import Metric
+
+    from router.core.caches import Caches
     from router.journal import Record
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -43,3 +49,28 @@ class Metrics:
             self._kv_failed.inc()
         if record.ttft_s is not None:
             self._ttft.observe(record.ttft_s)
+
+
+class CacheMetrics:
+    """What is known of the workers' prefix caches, read when it is asked for."""
+
+    def __init__(self, caches: Caches) -> None:
+        self._caches = caches
+        REGISTRY.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        c = self._caches
+        for name, text, value in (
+            ("tandem_router_index_blocks", "Distinct blocks in the prefix index", c.blocks),
+            ("tandem_router_index_workers", "Workers whose cache is known", c.in_step),
+        ):
+            yield GaugeMetricFamily(name, text, value)
+        for name, text, value in (
+            ("tandem_router_index_asked_again_total", "Snapshots asked for", c.asked_again_total),
+            ("tandem_router_index_disbelieved_total", "Indexes given up", c.disbelieved_total),
+            ("tandem_router_index_overflowed_total", "Blocks left out", c.overflowed_total),
+            ("tandem_router_predicted_tokens_total", "Foretold", c.predicted_tokens_total),
+            ("tandem_router_cached_tokens_total", "Come true", c.actual_tokens_total),
+            ("tandem_router_mispredicted_tokens_total", "Difference", c.error_tokens_total),
+        ):
+            yield CounterMetricFamily(name, text, value)

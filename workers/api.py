@@ -12,6 +12,10 @@ Every message is one frame of msgpack, a tagged array (see `encode` and `Decoder
    has in that step and its `Load`. A worker with nothing to say sends an empty `Batch` every
    `LOAD_INTERVAL_S`, so silence means trouble.
 
+4. Prefix caches: each `Batch` carries what the worker's cache stored and removed since the last one
+   to this router, numbered. The router asks (`KvAsk`) for all of it when it says hello and when a
+   number is missing; `KvSnapshot`s answer, in parts.
+
 A router silent for `SILENCE_S` is gone: the worker aborts its requests. A worker silent for
 `SILENCE_S`, or one whose `Load.steps` stands still while `Load.busy`, is dead to the router.
 
@@ -32,7 +36,7 @@ import msgspec
 
 from kvtransfer import protocol as kv
 
-PROTOCOL = 2
+PROTOCOL = 3
 MALFORMED = kv.MALFORMED
 LOAD_INTERVAL_S = 0.5
 SILENCE_S = 5.0
@@ -139,6 +143,10 @@ class Heartbeat(_Message, frozen=True):
     """I am here."""
 
 
+class KvAsk(_Message, frozen=True):
+    """Tell me all that is in the prefix cache, and from then on what changes."""
+
+
 # ---------------------------------------------------------------- worker to router
 
 
@@ -172,6 +180,8 @@ class WorkerHello(_Message, frozen=True):
     """How long it keeps a finished prefill's blocks."""
     handoff_endpoint: str = ""
     """Where its handles are followed; empty for a worker that makes its tickets itself."""
+    tells_cache: bool = True
+    """It says what its prefix cache holds; else nothing is known of it."""
 
 
 class Refused(_Message, frozen=True):
@@ -232,9 +242,55 @@ class Load(_Message, frozen=True):
     """Since the start: finished prefills that nobody fetched or released in time."""
 
 
+class KvStored(_Message, frozen=True):
+    """Full blocks, each the next one's parent, are in the prefix cache now.
+
+    Ids are the worker's own, small, and of one content for ever. What that is, a block's tokens
+    say, and those of all its parents: no hash of the worker's is told.
+    """
+
+    ids: list[int]
+    parent: int
+    """The first one's; -1 for a prompt's first block."""
+    token_ids: list[int]
+    """`block_tokens` for each id."""
+    salt: str | None = None
+    lora: str | None = None
+
+
+class KvRemoved(_Message, frozen=True):
+    """These are in it no longer."""
+
+    ids: list[int]
+
+
+class KvCleared(_Message, frozen=True):
+    """Nothing is."""
+
+
+KvEvent = KvStored | KvRemoved | KvCleared
+
+
+class KvSnapshot(_Message, frozen=True):
+    """A part of all that is in the prefix cache: as if it had been stored since it was empty."""
+
+    seq: int
+    """Of the event that comes next, in a `Batch`."""
+    part: int
+    """From 0, without a gap."""
+    last: bool
+    events: list[KvEvent]
+
+
 class Batch(_Message, frozen=True):
     load: Load
     deltas: list[Delta] = []
+    heard: int = 0
+    """How many `Generate`s of this router `load` accounts for, since it said hello."""
+    kv_seq: int = 0
+    """Of the first of `kv`."""
+    kv: list[KvEvent] = []
+    """None for a router that has not asked, or whose answer is under way."""
 
 
 def make_ticket(sender: WorkerHello, handle: str) -> bytes | None:
@@ -244,8 +300,8 @@ def make_ticket(sender: WorkerHello, handle: str) -> bytes | None:
     return kv.encode_ticket(sender.epoch, handle, sender.handoff_endpoint)
 
 
-ToWorker = RouterHello | Generate | Abort | Release | Heartbeat
-ToRouter = WorkerHello | Refused | Batch
+ToWorker = RouterHello | Generate | Abort | Release | Heartbeat | KvAsk
+ToRouter = WorkerHello | Refused | Batch | KvSnapshot
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

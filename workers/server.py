@@ -20,6 +20,10 @@ from workers.api import (
     Delta,
     Finish,
     Generate,
+    KvAsk,
+    KvEvent,
+    KvRemoved,
+    KvSnapshot,
     Load,
     Refused,
     Release,
@@ -27,6 +31,7 @@ from workers.api import (
     RouterHello,
     WorkerHello,
 )
+from workers.cache_mirror import CacheMirror
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_GAP: Final[list[KvEvent]] = [KvRemoved([])]
 STALL_S: Final = 60.0
 """Busy without a step for this long is dead."""
 
@@ -60,6 +66,10 @@ class _Router:
     name: str
     heard_at: float
     told_at: float = 0.0
+    heard: int = 0
+    """`Generate`s."""
+    kv_seq: int | None = None
+    """The next change of the cache that it has not been told; None until it asks."""
     requests: dict[str, None] = field(default_factory=dict)
     """Its requests here, oldest first: a set's order differs from process to process."""
 
@@ -83,6 +93,7 @@ class Worker:
         self._hello: WorkerHello | None = None
         self._routers: dict[bytes, _Router] = {}
         self._owners: dict[str, bytes] = {}
+        self._mirror = CacheMirror()
         self._draining = False
         self._steps = 0
         self._stepped_at = clock()
@@ -152,6 +163,7 @@ class Worker:
             block_tokens=facts.block_tokens, block_bytes=facts.block_bytes,
             blocks_total=facts.blocks_total, max_model_len=facts.max_model_len,
             lease_s=me.lease_s, handoff_endpoint=facts.handoff_endpoint,
+            tells_cache=facts.tells_cache,
         )  # fmt: skip
 
     # ------------------------------------------------------------ from routers
@@ -175,6 +187,8 @@ class Worker:
                 self._drop(known, mine)
             case Release(tickets):
                 self._engine.release(tickets)
+            case KvAsk():
+                self._tell_cache(router, known)
 
     def _greet(self, router: bytes, hello: RouterHello) -> None:
         if self._hello is None:
@@ -200,6 +214,7 @@ class Worker:
 
     def _generate(self, router: bytes, known: _Router, generate: Generate) -> None:
         request_id = generate.request_id
+        known.heard += 1
         refusal = None
         if self._draining:
             refusal = "the worker is draining"
@@ -209,7 +224,7 @@ class Worker:
             refusal = f"request id {request_id} is in use"
         if refusal:
             delta = Delta(request_id, [], Finish.REFUSED, error=refusal)
-            self._send(router, Batch(self.load, [delta]))
+            self._send(router, self._batch(self.load, [delta], known))
             return
         self._owners[request_id] = router
         known.requests[request_id] = None
@@ -237,12 +252,30 @@ class Worker:
                 del self._owners[delta.request_id]
                 del self._routers[owner].requests[delta.request_id]
         self._metrics.stepped(deltas)
+        self._mirror.apply(self._engine.cache_changes())
         if by_router:
             load = msgspec.structs.replace(load, draining=self._draining)
             for router, batch in by_router.items():
-                self._send(router, Batch(load, batch))
+                self._send(router, self._batch(load, batch, self._routers[router]))
 
-    def _send(self, router: bytes, message: Batch | WorkerHello | Refused) -> None:
+    def _batch(self, load: Load, deltas: list[Delta], router: _Router) -> Batch:
+        """With what of the cache has changed since the last one to this router."""
+        seq, mirror = router.kv_seq, self._mirror
+        if seq is None or seq == mirror.seq:
+            return Batch(load, deltas, router.heard)
+        router.kv_seq = mirror.seq
+        changes = mirror.since(seq)
+        # What is kept no longer is a gap: it will ask for all.
+        first = seq if changes is not None else mirror.seq - 1
+        return Batch(load, deltas, router.heard, first, changes or _GAP)
+
+    def _tell_cache(self, router: bytes, known: _Router) -> None:
+        self._mirror.apply(self._engine.cache_changes())
+        known.kv_seq = self._mirror.seq
+        for part in self._mirror.snapshot():
+            self._send(router, part)
+
+    def _send(self, router: bytes, message: Batch | KvSnapshot | WorkerHello | Refused) -> None:
         assert self._channel is not None
         sent = self._channel.send(router, message)
         if known := self._routers.get(router):
@@ -265,4 +298,4 @@ class Worker:
                 if now - known.heard_at > SILENCE_S:
                     self._forget(router, f"silent for {now - known.heard_at:.1f} s")
                 elif now - known.told_at >= LOAD_INTERVAL_S:
-                    self._send(router, Batch(self.load))
+                    self._send(router, self._batch(self.load, [], known))

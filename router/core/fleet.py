@@ -26,8 +26,11 @@ class WorkerView:
     heard_at: float
     stepped_at: float
     """When `load.steps` last moved, or the worker was last idle."""
-    prefill_tokens_placed: dict[str, int] = field(default_factory=dict)
-    """Prompt tokens by request that this router has placed here and that aren't computed yet."""
+    sent: int = 0
+    """`Generate`s that this router has sent here."""
+    unheard: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """By request that is to be computed here and that `load` does not know of yet: which of `sent`
+    it is, and its uncached prompt tokens."""
     streams: set[str] = field(default_factory=set)
     """Requests of this router that decode here or will."""
 
@@ -40,11 +43,12 @@ class WorkerView:
 
     @property
     def prefill_tokens_queued(self) -> int:
-        """Whichever is greater: what the worker says, or what we know is on its way there.
+        """What the worker says, other routers' included, and what it had not heard of then."""
+        return self.load.prefill_tokens_queued + sum(tokens for _, tokens in self.unheard.values())
 
-        The worker's word covers other routers too, ours covers what it hasn't heard of yet.
-        """
-        return max(self.load.prefill_tokens_queued, sum(self.prefill_tokens_placed.values()))
+    def place(self, request_id: str, prompt_tokens: int) -> None:
+        """The next `Generate` sent here is this one; the worker computes so much of it."""
+        self.unheard[request_id] = self.sent + 1, prompt_tokens
 
     @property
     def streams_held(self) -> int:
@@ -71,12 +75,17 @@ class Fleet:
         load = Load(0, False, 0, 0, 0, hello.blocks_total, hello.blocks_total, 0)
         self._views[hello.worker_id] = WorkerView(hello, load, heard_at=now, stepped_at=now)
 
-    def report(self, worker_id: str, load: Load, now: float) -> None:
-        """A worker's load arrived. Of an unknown worker it is ignored: it was lost meanwhile."""
+    def report(self, worker_id: str, load: Load, heard: int, now: float) -> None:
+        """A worker's load arrived, with how many of our `Generate`s it accounts for.
+
+        Of an unknown worker it is ignored: it was lost meanwhile.
+        """
         if view := self._views.get(worker_id):
             if load.steps != view.load.steps or not load.busy:
                 view.stepped_at = now
             view.load = load
+            if view.unheard:
+                view.unheard = {r: p for r, p in view.unheard.items() if p[0] > heard}
             view.heard_at = now
 
     def remove(self, worker_id: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from router.core.compat import can_hand_off
@@ -10,7 +10,7 @@ from router.core.errors import NoWorkers
 from workers.api import Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from router.core.fleet import WorkerView
 
@@ -21,6 +21,11 @@ class Prompt:
 
     tokens: int
     output_tokens_max: int
+    cached_tokens: Mapping[str, int] = field(default_factory=dict)
+    """By worker id: leading tokens that its prefix cache holds; none for those left out."""
+
+    def uncached(self, worker_id: str) -> int:
+        return self.tokens - self.cached_tokens.get(worker_id, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,8 @@ class Placement:
 def place(
     prompt: Prompt, workers: Sequence[WorkerView], avoid: frozenset[str] = frozenset()
 ) -> Placement:
-    """Choose the prefill worker with the fewest queued tokens and a decode worker that fits it.
+    """Choose the prefill worker with the fewest tokens to compute until this prompt's last, and a
+    decode worker that fits it.
 
     Disaggregates whenever a compatible pair exists; else one worker does both, so a fleet
     without prefill workers still serves. Workers in `avoid` (a former try failed there) are
@@ -49,7 +55,11 @@ def place(
 def _pair(prompt: Prompt, workers: Sequence[WorkerView]) -> Placement | None:
     decoders = [w for w in workers if w.accepts(Phase.DECODE)]
     prefillers = [w for w in workers if w.accepts(Phase.PREFILL)]
-    for prefill in sorted(prefillers, key=lambda w: (w.prefill_tokens_queued, w.id)):
+
+    def tokens_until_first(w: WorkerView) -> tuple[int, str]:
+        return w.prefill_tokens_queued + prompt.uncached(w.id), w.id
+
+    for prefill in sorted(prefillers, key=tokens_until_first):
         fitting = [
             w
             for w in decoders
@@ -66,18 +76,21 @@ def _single(prompt: Prompt, workers: Sequence[WorkerView]) -> Placement | None:
         return None
 
     def tokens_until_first(w: WorkerView) -> tuple[int, int, str]:
-        return w.prefill_tokens_queued, w.streams_held, w.id
+        tokens = w.prefill_tokens_queued + prompt.uncached(w.id)
+        return tokens, w.streams_held, w.id
 
     return Placement(None, min(able, key=tokens_until_first).id)
 
 
 def _least_filled(prompt: Prompt, workers: Sequence[WorkerView]) -> WorkerView:
-    """Room for the whole request first, then the fewest streams: each slows the others' tokens."""
+    """Room for the whole request first, then the fewest streams: each slows the others' tokens;
+    then who has the most of it already, and needs not read that."""
 
-    def order(w: WorkerView) -> tuple[bool, int, int, str]:
+    def order(w: WorkerView) -> tuple[bool, int, int, int, str]:
         tokens = prompt.tokens + prompt.output_tokens_max
         blocks = -(-min(tokens, w.hello.max_model_len) // w.hello.block_tokens)
         # The id breaks ties: replays must agree.
-        return blocks > w.load.blocks_free, w.streams_held, -w.load.blocks_free, w.id
+        full, uncached = blocks > w.load.blocks_free, prompt.uncached(w.id)
+        return full, w.streams_held, uncached, -w.load.blocks_free, w.id
 
     return min(workers, key=order)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import random
 from typing import TYPE_CHECKING
 
 import pytest
 
 from deploy.local.parts import ENVIRONMENT
+from router.core.blocks import links
+from router.core.cache_view import CacheView
+from router.core.prefix_index import PrefixIndex
 from tests.virtual_time import VirtualLoop
 from workers.api import Delta, Finish, Generate, Load, Phase, Role
+from workers.cache_mirror import CacheMirror
 from workers.engines.sim import SimEngine
-from workers.engines.sim_model import SimSettings
+from workers.engines.sim_settings import SimSettings
 from workers.models import is_prepared, resolve_model
 
 if TYPE_CHECKING:
@@ -34,6 +39,7 @@ class Driver:
         self.runner, self.engine, self._params = runner, engine, params
         self.deltas: dict[str, list[Delta]] = {}
         self.loads: list[Load] = []
+        self.mirror = CacheMirror()
         self._count = 0
         self._stepped = asyncio.Condition()
         self.facts: EngineFacts = runner.run(engine.start())
@@ -46,6 +52,7 @@ class Driver:
 
     def _on_step(self, load: Load, deltas: list[Delta]) -> None:
         self.loads.append(load)
+        self.mirror.apply(self.engine.cache_changes())
         for delta in deltas:
             self.deltas.setdefault(delta.request_id, []).append(delta)
 
@@ -100,7 +107,7 @@ def prompt_of(length: int, salt: int = 0) -> list[int]:
 
 def _sim() -> Iterator[Driver]:
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        driver = Driver(runner, SimEngine(SimSettings(), "epoch"), lambda _: b"")
+        driver = Driver(runner, SimEngine(SimSettings(blocks_total=96), "epoch"), lambda _: b"")
         yield driver
         driver.close()
 
@@ -138,12 +145,16 @@ def _vllm() -> Iterator[Driver]:
         )
 
     args = argparse.Namespace(
-        model=resolve_model(MODEL), role="mixed", kv_connector="none", host="127.0.0.1", lease_s=5
-    )
+        model=resolve_model(MODEL), role="mixed", host="127.0.0.1", lease_s=5,
+        kv_connector="tandem", kv_transports="tcp", kv_checksums="off", kv_answer_s=5, kv_read_s=5,
+    )  # fmt: skip
     identity = Identity("w", "epoch", Role.MIXED, args.model, "m", "t", 5.0)
     config = vllm_config(
-        args, identity, ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
-    )
+        args,
+        identity,
+        ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager",
+         "--num-gpu-blocks-override", "25"],
+    )  # fmt: skip
     with asyncio.Runner() as runner:
         driver = Driver(runner, VllmEngine(config), params)
         yield driver
@@ -233,6 +244,31 @@ def test_a_wrong_request_is_invalid_and_touches_nothing(driver: Driver, bad: str
     if bad == "too long":
         assert str(limit) in deltas[0].error
     assert driver.all_free()
+
+
+def test_what_the_cache_is_said_to_hold_it_holds_and_nothing_else(driver: Driver) -> None:
+    """Through evictions: what is foretold of each prompt comes true, to the token."""
+    size, rng = driver.facts.block_tokens, random.Random(4)
+    assert driver.facts.tells_cache
+    room = driver.facts.blocks_total
+    trunks = [prompt_of(5 * size, salt=20 + i) for i in range(3)]
+    view, told = CacheView("w", size, index := PrefixIndex()), driver.mirror.seq
+    assert all(view.snapshot(part) for part in driver.mirror.snapshot())
+    hits = asked = 0
+    while asked < 2 * room:
+        trunk = rng.choice(trunks)[: rng.randint(1, 5) * size]
+        prompt = trunk + [5300 + rng.randrange(100) for _ in range(rng.randint(1, size))]
+        asked += len(prompt) // size
+        foretold = index.cached(links(prompt, size)).get("w", 0) * size
+        assert driver.ask(prompt, 1)[0].cached_tokens == foretold
+        hits += foretold > 0
+        assert view.events(told, driver.mirror.since(told) or [])
+        told = driver.mirror.seq
+    assert hits
+    assert 0 < len(view) <= room
+    again = CacheView("again", size, PrefixIndex())
+    assert all(again.snapshot(part) for part in driver.mirror.snapshot())
+    assert len(again) == len(view)
 
 
 def test_an_ended_request_holds_no_kv(driver: Driver) -> None:

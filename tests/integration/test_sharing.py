@@ -41,6 +41,19 @@ def test_a_prompt_is_computed_once_for_each_salt(group: LocalGroup, aggregated: 
     assert all(each == tokens[0] for each in tokens)
 
 
+def test_what_a_cache_will_save_is_foretold(group: LocalGroup) -> None:
+    prompt = random_prompt(3 * BLOCK + 20, seed=8)
+    run = uuid.uuid4().hex
+    told = []
+    for salt, tokens in (("a", prompt), ("a", prompt[: 2 * BLOCK + 1]), ("b", prompt)):
+        answer = complete(group.url, prompt=tokens, max_tokens=4, cache_salt=f"{salt} {run}")
+        record = httpx.get(f"{group.url}/tandem/requests/{answer.json()['id']}").json()[0]
+        told.append((record["predicted_tokens"], record["cached_tokens"]))
+    assert told == [(0, 0), (2 * BLOCK, 2 * BLOCK), (0, 0)]
+    text = httpx.get(f"{group.url}/metrics", timeout=10).text
+    assert "tandem_router_index_workers 2.0" in text
+
+
 def test_a_stream_s_usage_tells_the_cached_tokens_too(group: LocalGroup) -> None:
     salt = uuid.uuid4().hex
     told = []

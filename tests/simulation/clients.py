@@ -10,7 +10,8 @@ from router.core.errors import RouterError
 from tests.simulation.violation import Violation
 from workers.api import Finish, Generate, Phase
 from workers.engines.sim_blocks import Handoffs
-from workers.engines.sim_model import SimModel, SimSettings
+from workers.engines.sim_model import SimModel
+from workers.engines.sim_settings import SimSettings
 
 if TYPE_CHECKING:
     from router.dispatch import Dispatch

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tests.simulation.network import Network
     from tests.simulation.plan import Call, Plan, WorkerPlan
     from workers.api import Load, ToWorker
-    from workers.engines.base import EngineFacts, OnStep
+    from workers.engines.base import CacheChange, EngineFacts, OnStep
     from workers.engines.sim_blocks import Handoffs
 
 MODEL, TOKENIZER = "model digest", "tokenizer digest"
@@ -68,6 +68,9 @@ class FrailEngine:
 
     def load(self) -> Load:
         return self._engine.load()
+
+    def cache_changes(self) -> list[CacheChange]:
+        return self._engine.cache_changes()
 
     def close(self) -> None:
         self._engine.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from router.core.caches import ASK_INTERVAL_S
 from router.dispatch import Ask
 from tests.simulation.cluster import MENDS_S
 from tests.simulation.plan import Call, Departure
@@ -43,6 +44,7 @@ async def conclude(cluster: Cluster) -> None:
         for request in router.clients.requests.values():
             an_end_has_its_reason(cluster, router, request)
     await nothing_is_kept(cluster)
+    await indexes_are_the_caches(cluster)
 
 
 async def every_request_ends(cluster: Cluster) -> None:
@@ -188,10 +190,26 @@ async def nothing_is_kept(cluster: Cluster) -> None:
         if len(router.dispatch) or router.dispatch._by_wire:
             raise Violation(f"{router.name} still holds {router.dispatch._by_wire}")
         for view in router.dispatch.fleet:
-            if view.streams or view.prefill_tokens_placed:
+            if view.streams or view.unheard:
                 raise Violation(f"{router.name} still counts on {view.id}: {view}")
     if cluster.network.queued_max > QUEUE_MAX / 10:
         raise Violation(f"a queue grew to {cluster.network.queued_max} messages")
+
+
+async def indexes_are_the_caches(cluster: Cluster) -> None:
+    """At rest, and a question's interval later, each router knows what each worker has cached."""
+    await cluster.until(cluster.loop.time() + ASK_INTERVAL_S + 2 * LOAD_INTERVAL_S)
+    for host in cluster.live_workers:
+        assert host.life is not None
+        pool = host.life.engine._engine._model._pool
+        cached = {*pool._owners, *pool._idle}
+        if set(host.life.worker._mirror._ids) != cached:
+            raise Violation(f"{host.name} tells of other blocks than it has")
+        for router in cluster.live_routers:
+            view = router.dispatch.caches.view(host.name)
+            if view is None or not view.in_step or len(view) != len(cached):
+                known = None if view is None else (view.in_step, len(view))
+                raise Violation(f"{router.name} knows {known} of {host.name}, not {len(cached)}")
 
 
 def _record(router: RouterHost, request: Request) -> Record | None:

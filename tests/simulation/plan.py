@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from router.ask import Ask, Reserve
 from workers.api import Role
-from workers.engines.sim_model import SimSettings
+from workers.engines.sim_settings import SimSettings
 
 FIRST_FAULT_S = 2.0
 ROOMY_TOKENS = 5000

@@ -26,7 +26,7 @@ from workers.api import (
     encode,
 )
 from workers.engines.sim_blocks import Handoffs
-from workers.engines.sim_model import SimSettings
+from workers.engines.sim_settings import SimSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

@@ -20,6 +20,9 @@ from workers.api import (
     Delta,
     Finish,
     Generate,
+    KvAsk,
+    KvSnapshot,
+    KvStored,
     Load,
     Phase,
     Release,
@@ -169,7 +172,7 @@ def test_nobody_to_serve_is_refused_before_any_work() -> None:
     f = Fakes(hello("p", Role.PREFILL))
     with pytest.raises(NoWorkers):
         f.dispatch.submit(Ask("r", [1], 4))
-    assert f.sent == []
+    assert f.sent == [("p", KvAsk())]
 
 
 def test_workers_of_other_kv_layouts_are_never_paired() -> None:
@@ -182,6 +185,66 @@ def test_the_prefill_worker_with_the_fewest_queued_tokens_is_chosen() -> None:
     f = Fakes(hello("p1", Role.PREFILL), hello("p2", Role.PREFILL), hello("d", Role.DECODE))
     f.dispatch.on_batch("p1", Batch(load(queued=500)))
     assert place(Prompt(10, 10), list(f.dispatch.fleet)).prefill == "p2"
+
+
+def knowing(f: Fakes, worker: str, prompt: list[int], blocks: int) -> None:
+    """The worker has told that it has the prompt's first blocks."""
+    stored = KvStored(list(range(blocks)), -1, prompt[: blocks * 16])
+    f.dispatch.on_snapshot(worker, KvSnapshot(0, 0, True, [stored] if blocks else []))
+
+
+def test_a_prompt_goes_where_the_least_of_it_is_left_to_compute() -> None:
+    f = Fakes(hello("p1", Role.PREFILL), hello("p2", Role.PREFILL), hello("d", Role.DECODE))
+    prompt = list(range(100))
+    knowing(f, "p2", prompt, 4)
+    f.dispatch.on_batch("p2", Batch(load(queued=63)))
+    f.dispatch.submit(Ask("r", prompt, 4))
+    assert f.last_generate()[0] == "p2"
+    f.dispatch.submit(Ask("again", prompt, 4))
+    assert f.last_generate()[0] == "p1", "36 tokens more are on their way to p2, and 63 queued"
+    f.dispatch.submit(Ask("another's", prompt, 4, cache_salt="x"))
+    assert f.last_generate()[0] == "p2", "the salt is another's: 99 and 100 against 100 and 100"
+
+
+def test_what_a_worker_has_not_heard_of_yet_counts_and_nothing_counts_twice() -> None:
+    f = Fakes(hello("p1", Role.PREFILL), hello("p2", Role.PREFILL), hello("d", Role.DECODE))
+    view = f.dispatch.fleet.get("p1")
+    assert view is not None
+    for name in ("a", "b"):  # One each.
+        f.dispatch.submit(Ask(name, list(range(100)), 4))
+    assert view.prefill_tokens_queued == 100
+    f.dispatch.on_batch("p1", Batch(load(queued=30), heard=0))
+    assert view.prefill_tokens_queued == 130, "30 are another router's"
+    f.dispatch.on_batch("p1", Batch(load(queued=130), heard=1))
+    assert view.prefill_tokens_queued == 130
+    f.dispatch.on_batch("p1", Batch(load(queued=70), heard=1))
+    assert view.prefill_tokens_queued == 70
+
+
+def test_what_was_foretold_is_noted_beside_what_came_true() -> None:
+    f = pair()
+    prompt = list(range(40))
+    knowing(f, "p", prompt, 2)
+    f.dispatch.submit(Ask("r", prompt, 4))
+    f.say("p", Delta("r/p", [], Finish.PREFILLED, ticket=b"t", cached_tokens=16))
+    f.say("d", Delta("r", [7], Finish.STOP, cached_tokens=0))
+    (record,) = f.dispatch.journal.find("r")
+    assert (record.predicted_tokens, record.cached_tokens) == (32, 16)
+    caches = f.dispatch.caches
+    assert (caches.predicted_tokens_total, caches.actual_tokens_total) == (32, 16)
+    assert caches.error_tokens_total == 16
+
+
+def test_a_lost_worker_s_cache_is_forgotten_and_a_new_one_s_asked_for() -> None:
+    f = pair()
+    knowing(f, "p", list(range(40)), 2)
+    assert f.dispatch.caches.blocks == 2
+    f.dispatch.on_lost("p", "gone")
+    assert f.dispatch.caches.blocks == 0
+    f.dispatch.on_hello(hello("p", Role.PREFILL, epoch="2"))
+    assert f.sent[-1] == ("p", KvAsk())
+    f.dispatch.on_batch("p", Batch(load(), [], 0, 7, [KvStored([9], 3, [0] * 16)]))
+    assert f.dispatch.caches.blocks == 0, "the answer is under way"
 
 
 _EVENTS = st.lists(
@@ -229,4 +292,4 @@ def test_whatever_happens_every_ticket_is_used_or_released(
     released = {t for _, m in f.sent if isinstance(m, Release) for t in m.tickets}
     given_on = {m.ticket for _, m in f.sent if isinstance(m, Generate) and m.ticket}
     assert granted <= released | given_on
-    assert all(not w.streams and not w.prefill_tokens_placed for w in f.dispatch.fleet)
+    assert all(not w.streams and not w.unheard for w in f.dispatch.fleet)

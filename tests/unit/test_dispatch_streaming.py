@@ -230,4 +230,4 @@ def test_whatever_happens_the_client_gets_what_one_engine_would_have_said(
     f.dispatch.cancel(["r"])
     assert len(f.dispatch) == 0
     assert not f.dispatch._by_wire
-    assert all(not w.streams and not w.prefill_tokens_placed for w in f.dispatch.fleet)
+    assert all(not w.streams and not w.unheard for w in f.dispatch.fleet)

@@ -29,7 +29,7 @@ from workers.api import (
 )
 from workers.channel import Channel
 from workers.engines.sim import SimEngine
-from workers.engines.sim_model import SimSettings
+from workers.engines.sim_settings import SimSettings
 from workers.metrics import Metrics
 from workers.server import Identity, Worker
 

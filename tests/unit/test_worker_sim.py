@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from workers.api import Delta, Finish, Generate, Phase
 from workers.engines.sim import sim_settings
 from workers.engines.sim_blocks import BlockPool, Handoffs
-from workers.engines.sim_model import SimModel, SimSettings
+from workers.engines.sim_model import SimModel
+from workers.engines.sim_settings import SimSettings
 
 SMALL = SimSettings(blocks_total=12, block_tokens=4, chunk_tokens=8, lease_s=5.0, max_model_len=40)
 

@@ -13,7 +13,7 @@ from tests.unit.test_worker_sim import PROMPT, SMALL, Bench, tokens
 from workers.api import Delta, Finish, Generate, Phase
 from workers.engines.sim import SimEngine
 from workers.engines.sim_blocks import Handoffs
-from workers.engines.sim_model import SimSettings
+from workers.engines.sim_settings import SimSettings
 
 TICKET = encode_ticket("p", "r/p", "sim")
 ALL_FREE = (SMALL.blocks_total, 0)

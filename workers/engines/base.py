@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Hashable, Iterable
 
     from workers.api import Delta, Generate, Load
 
@@ -26,6 +26,33 @@ class EngineFacts:
     blocks_total: int
     max_model_len: int
     handoff_endpoint: str = ""
+    tells_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Full blocks, each the next one's parent, that the prefix cache now has."""
+
+    keys: list[Hashable]
+    """The engine's own."""
+    parent: Hashable | None
+    token_ids: list[int]
+    """`block_tokens` for each."""
+    salt: str | None = None
+    lora: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    keys: list[Hashable]
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """The prefix cache is empty."""
+
+
+CacheChange = Stored | Removed | Cleared
 
 
 class EngineDead(Exception):
@@ -52,5 +79,8 @@ class Engine(Protocol):
 
     def load(self) -> Load:
         """As of the last step."""
+
+    def cache_changes(self) -> list[CacheChange]:
+        """Of the prefix cache since the last call, in order."""
 
     def close(self) -> None: ...

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from workers.engines.base import EngineFacts
 from workers.engines.sim_blocks import Handoffs
-from workers.engines.sim_model import SimModel, SimSettings
+from workers.engines.sim_model import SimModel
+from workers.engines.sim_settings import SimSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from workers.api import Generate, Load
-    from workers.engines.base import OnStep
+    from workers.engines.base import CacheChange, OnStep
 
 
 class SimEngine:
@@ -69,6 +70,9 @@ class SimEngine:
 
     def load(self) -> Load:
         return self._model.load(self._now())
+
+    def cache_changes(self) -> list[CacheChange]:
+        return self._model.cache_changes()
 
     def close(self) -> None:
         self._handoffs.leave(self._epoch)

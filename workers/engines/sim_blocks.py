@@ -24,6 +24,8 @@ class BlockPool:
         self._fresh = 0
         self._owners: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self.evicted: list[int] = []
+        """Since somebody last took them; nobody's loss when they are forgotten."""
 
     @property
     def free(self) -> int:
@@ -46,7 +48,7 @@ class BlockPool:
             self._owners[block] = self._owners.get(block, 0) + 1
         self._fresh += fresh
         while len(self._idle) > self.free:
-            self._idle.popitem(last=False)
+            self.evicted.append(self._idle.popitem(last=False)[0])
         return True
 
     def publish(self, block: int) -> bool:

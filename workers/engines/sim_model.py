@@ -14,42 +14,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from workers.api import Delta, Finish, Generate, Load, Phase
+from workers.engines.base import Removed, Stored
 from workers.engines.sim_blocks import BlockPool
 from workers.engines.sim_handoff import PULL_NAP_S, Awaited, Keeper, Pull, release, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from workers.engines.base import CacheChange
     from workers.engines.sim_blocks import Handoffs
+    from workers.engines.sim_settings import SimSettings
 
 FIRST_TOKEN: Final = 100
 """Ids below are special tokens in most vocabularies."""
-
-
-@dataclass(frozen=True, slots=True)
-class SimSettings:
-    """How fast, how large. The defaults are the 135M model on one core."""
-
-    prefill_tokens_per_s: float = 1000.0
-    step_s: float = 0.02
-    """Of a step without prefill, whatever its batch."""
-    blocks_total: int = 2048
-    block_tokens: int = 16
-    token_bytes: int = 23_040
-    """KV of one token."""
-    pull_bytes_per_s: float = 5e9
-    pull_latency_s: float = 0.002
-    max_model_len: int = 8192
-    """Tokens, prompt and output together."""
-    chunk_tokens: int = 2048
-    """Most tokens computed in one step."""
-    running_max: int = 256
-    vocabulary: int = 32_000
-    lease_s: float = 30.0
-    instant: bool = False
-    """Nothing takes time and no lease keeps anything: to measure what surrounds an engine."""
-    streams: bool = False
-    """Prompts are kept under handles that routers make up, for engines of the same process."""
 
 
 @dataclass(slots=True)
@@ -102,6 +79,7 @@ class SimModel:
         self._plan: list[tuple[_Run, int]] = []
         self._keeper = Keeper(epoch, handoffs)
         self._rejected: list[Delta] = []
+        self._changes: list[CacheChange] = []
         self._arrivals = 0
         self._steps = 0
 
@@ -274,12 +252,33 @@ class SimModel:
 
     def _publish(self, run: _Run) -> None:
         """Let others find the prompt's blocks that are full now."""
-        full = min(run.computed // self.settings.block_tokens, len(run.hashes))
-        for block in run.hashes[len(run.shared) : full]:
+        size, first = self.settings.block_tokens, len(run.shared)
+        full = min(run.computed // size, len(run.hashes))
+        for block in run.hashes[first:full]:
             if not self._pool.publish(block):
                 break  # Its like is there already: this one and what follows stay unshared.
             run.fresh -= 1
             run.shared.append(block)
+        if keys := run.shared[first:]:
+            self._note_evicted()
+            asked = run.generate
+            tokens = asked.prompt_token_ids[first * size : (first + len(keys)) * size]
+            parent = run.shared[first - 1] if first else None
+            self._changes.append(
+                Stored(list(keys), parent, tokens, asked.cache_salt, asked.lora_name)
+            )
+
+    def _note_evicted(self) -> None:
+        """Before anything that is stored after it: a block may come back."""
+        if gone := self._pool.evicted:
+            self._changes.append(Removed(list(gone)))
+            gone.clear()
+
+    def cache_changes(self) -> list[CacheChange]:
+        """Of the prefix cache since the last call, in order."""
+        self._note_evicted()
+        changes, self._changes = self._changes, []
+        return changes
 
     def _blocks(self, tokens: int) -> int:
         return math.ceil(tokens / self.settings.block_tokens)

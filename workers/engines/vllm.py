@@ -14,7 +14,7 @@ from vllm.v1.executor import Executor
 
 from kvtransfer.releases import ReleaseClient
 from workers.api import Delta, Finish, Load, Phase
-from workers.engines.base import EngineDead, EngineFacts
+from workers.engines.base import Cleared, EngineDead, EngineFacts, Removed, Stored
 from workers.engines.vllm_requests import BadRequest, core_request, delta_of, warm_up_request
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
 
     from workers.api import Generate
-    from workers.engines.base import OnStep
+    from workers.engines.base import CacheChange, OnStep
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class VllmEngine:
         self._pulled: dict[str, dict[str, Any]] = {}
         """Pulls that are over, until their request's first delta tells of them."""
         self._last_steps: list[str] = []
+        self._changes: list[CacheChange] = []
         self._rejected: list[Delta] = []
         self._rejected_now = asyncio.Event()
         self._steps = 0
@@ -86,6 +87,7 @@ class VllmEngine:
             blocks_total=self._blocks_total,
             max_model_len=self._config.model_config.max_model_len,
             handoff_endpoint=connector.get("endpoint", ""),
+            tells_cache="cache" in connector,
         )
 
     async def run(self, on_step: OnStep) -> None:
@@ -143,6 +145,10 @@ class VllmEngine:
             leases_expired=self._connector.get("leases_expired", 0),
         )
 
+    def cache_changes(self) -> list[CacheChange]:
+        changes, self._changes = self._changes, []
+        return changes
+
     def close(self) -> None:
         if self._core is not None:
             self._core.shutdown()
@@ -192,6 +198,7 @@ class VllmEngine:
         self._stats = stats
         if stats.kv_connector_stats:
             self._connector = {**self._connector, **stats.kv_connector_stats}
+            self._changes += map(_change, stats.kv_connector_stats.get("cache", []))
             self._last_steps += stats.kv_connector_stats.get("last_steps", [])
             for pull in stats.kv_connector_stats.get("pulls", []):
                 if (request_id := pull["request_id"]) in self._live:
@@ -213,6 +220,16 @@ class VllmEngine:
                 del self._live[output.request_id]
             deltas.append(delta)
         return deltas
+
+
+def _change(told: list[Any]) -> CacheChange:
+    """As the connector's scheduler half writes it (`kvtransfer.vllm_scheduler`)."""
+    match told:
+        case [keys, parent, token_ids, salt, lora]:
+            return Stored(keys, parent, token_ids, salt, lora)
+        case [keys]:
+            return Removed(keys)
+    return Cleared()
 
 
 def _merged(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) 
     """Parse the flags left over as vLLM's own; a bad one ends the process as argparse does."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from vllm import AsyncEngineArgs
+    from vllm.config import KVEventsConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="tandem worker"))
@@ -31,6 +32,9 @@ def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) 
         parser.error("--data-parallel-size: start one worker for each engine instead")
     if args.kv_connector != "none":
         engine_args.kv_transfer_config = _transfer(args, identity)
+    if args.kv_connector == "tandem":
+        # Our connector takes them itself; nothing is published.
+        engine_args.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     elif args.role != "mixed":
         parser.error("--kv-connector none: only a mixed worker can do without a handoff")
     if args.role != "prefill":

@@ -1,0 +1,40 @@
+"""Names of a prompt's blocks that say all that is in them and before them."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+from xxhash import xxh3_128_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+Link = bytes
+"""16 bytes of xxh3 over the link before and the block's tokens. The same link is the same tokens
+under the same salt and adapter, from the prompt's first on. An attacker who finds two prompts with
+one link gains a wrong guess of ours where a prefix is cached, no more: what is reused, workers
+decide by hashes of their own."""
+
+
+def root(salt: str | None, lora: str | None) -> Link:
+    """What comes before the first block: equal tokens under another salt are another's."""
+    return xxh3_128_digest(repr((salt, lora)).encode())
+
+
+def next_link(before: Link, token_ids: Sequence[int]) -> Link:
+    return xxh3_128_digest(before + array("I", token_ids).tobytes())
+
+
+def links(
+    token_ids: Sequence[int], block_tokens: int, salt: str | None = None, lora: str | None = None
+) -> Iterator[Link]:
+    """Of each full block that can be reused; computed as they are asked for.
+
+    An engine computes at least the last token, so the block that ends with it is not among them.
+    """
+    content, size = array("I", token_ids).tobytes(), 4 * block_tokens
+    link = root(salt, lora)
+    for end in range(size, 4 * (len(token_ids) - 1) + 1, size):
+        link = xxh3_128_digest(link + content[end - size : end])
+        yield link

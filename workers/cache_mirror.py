@@ -1,0 +1,155 @@
+"""What is in an engine's prefix cache, as routers are told: numbered changes, and all of it.
+
+Pure. It holds what the cache holds: some 250 bytes and four a token for each block. A block whose
+parent has gone before it stays known, since it can be found again once the parent is back; so the
+parent's tokens are kept as long, and a snapshot has it as stored and removed.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+from workers.api import KvCleared, KvRemoved, KvSnapshot, KvStored
+from workers.engines.base import Cleared, Removed, Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Iterator
+
+    from workers.api import KvEvent
+    from workers.engines.base import CacheChange
+
+EVENTS_KEPT: Final = 4096
+"""Changes that a router may be behind before it has to ask for all."""
+PART_TOKENS: Final = 65_536
+"""Of a snapshot's part, at most about."""
+
+
+@dataclass(slots=True)
+class _Block:
+    key: Hashable
+    parent: int
+    token_ids: array[int]
+    salt: str | None
+    lora: str | None
+    here: bool = True
+    children: int = 0
+
+
+class CacheMirror:
+    """`apply` what the engine did; then `since` and `snapshot` tell of it."""
+
+    def __init__(self) -> None:
+        self.seq = 0
+        """Of the next change."""
+        self._blocks: dict[int, _Block] = {}
+        self._ids: dict[Hashable, int] = {}
+        """Of those in the cache."""
+        self._gone: dict[Hashable, int] = {}
+        """Of those that are only somebody's parent."""
+        self._next_id = 0
+        self._events: deque[KvEvent] = deque(maxlen=EVENTS_KEPT)
+
+    def __len__(self) -> int:
+        """Blocks in the cache."""
+        return len(self._ids)
+
+    def apply(self, changes: Iterable[CacheChange]) -> None:
+        for change in changes:
+            match change:
+                case Stored():
+                    self._store(change)
+                case Removed(keys):
+                    self._remove(keys)
+                case Cleared():
+                    self._blocks.clear()
+                    self._ids.clear()
+                    self._gone.clear()
+                    self._tell(KvCleared())
+
+    def since(self, seq: int) -> list[KvEvent] | None:
+        """Changes from `seq` on; None when they are not kept any more."""
+        behind = self.seq - seq
+        if behind > len(self._events):
+            return None
+        return list(islice(self._events, len(self._events) - behind, None)) if behind else []
+
+    def snapshot(self) -> Iterator[KvSnapshot]:
+        """All of it, in parts; take them before anything changes."""
+        events: list[KvEvent] = []
+        tokens = part = 0
+        for number, block in self._blocks.items():  # A parent is always older.
+            events.append(
+                KvStored([number], block.parent, block.token_ids.tolist(), block.salt, block.lora)
+            )
+            tokens += len(block.token_ids)
+            if tokens >= PART_TOKENS:
+                yield KvSnapshot(self.seq, part, False, events)
+                events, tokens, part = [], 0, part + 1
+        if gone := [number for number, block in self._blocks.items() if not block.here]:
+            events.append(KvRemoved(gone))
+        yield KvSnapshot(self.seq, part, True, events)
+
+    # ------------------------------------------------------------ changes
+
+    def _store(self, change: Stored) -> None:
+        parent = -1 if change.parent is None else self._ids.get(change.parent, -2)
+        size = len(change.token_ids) // len(change.keys)
+        told: list[int] = []
+        first_parent, first_token = parent, 0
+        for at, key in enumerate(change.keys):
+            known = self._ids.get(key)
+            if known is not None or parent == -2:
+                # There already, or under a parent that is not there: nobody could find it.
+                self._told(change, told, first_parent, first_token)
+                parent = -2 if known is None else known
+                told, first_parent, first_token = [], parent, (at + 1) * size
+                continue
+            number = self._gone.pop(key, None)
+            if number is None:
+                number, self._next_id = self._next_id, self._next_id + 1
+                tokens = array("I", change.token_ids[at * size : (at + 1) * size])
+                self._blocks[number] = _Block(key, parent, tokens, change.salt, change.lora)
+                if parent >= 0:
+                    self._blocks[parent].children += 1
+            else:
+                self._blocks[number].here = True
+            self._ids[key] = number
+            told.append(number)
+            parent = number
+        self._told(change, told, first_parent, first_token)
+
+    def _told(self, change: Stored, ids: list[int], parent: int, first_token: int) -> None:
+        if ids:
+            size = len(change.token_ids) // len(change.keys)
+            tokens = change.token_ids[first_token : first_token + len(ids) * size]
+            self._tell(KvStored(ids, parent, tokens, change.salt, change.lora))
+
+    def _remove(self, keys: list[Hashable]) -> None:
+        ids = [number for key in keys if (number := self._ids.pop(key, None)) is not None]
+        for number in ids:
+            block = self._blocks[number]
+            block.here = False
+            self._gone[block.key] = number
+            self._forget(number)
+        if ids:
+            self._tell(KvRemoved(ids))
+
+    def _forget(self, number: int) -> None:
+        """What is neither here nor anybody's parent."""
+        while number >= 0:
+            block = self._blocks[number]
+            if block.here or block.children:
+                return
+            del self._blocks[number]
+            del self._gone[block.key]
+            number = block.parent
+            if number >= 0:
+                self._blocks[number].children -= 1
+
+    def _tell(self, event: KvEvent) -> None:
+        self._events.append(event)
+        self.seq += 1
