@@ -32,11 +32,11 @@ def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) 
         parser.error("--data-parallel-size: start one worker for each engine instead")
     if args.kv_connector != "none":
         engine_args.kv_transfer_config = _transfer(args, identity)
+    elif args.role != "mixed":
+        parser.error("--kv-connector none: only a mixed worker can do without a handoff")
     if args.kv_connector == "tandem":
         # Our connector takes them itself; nothing is published.
         engine_args.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
-    elif args.role != "mixed":
-        parser.error("--kv-connector none: only a mixed worker can do without a handoff")
     if args.role != "prefill":
         _whole_prompts_on_cpu(engine_args)
     return engine_args.create_engine_config()
