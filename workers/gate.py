@@ -47,6 +47,8 @@ class Gate:
 
     def close(self) -> None:
         self._loop.remove_reader(self._descriptor)
+        # At once; closing is libzmq's own thread's, and until then questions would go unanswered.
+        self._socket.unbind(_ENDPOINT)
         self._socket.close()
 
     def _answer(self) -> None:
