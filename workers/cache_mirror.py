@@ -35,13 +35,8 @@ class _Block:
     token_ids: array[int]
     salt: str | None
     lora: str | None
-    copies: int = 1
-    """Requests that computed the same at once have one each, and each is removed by itself."""
+    here: bool = True
     children: int = 0
-
-    @property
-    def here(self) -> bool:
-        return self.copies > 0
 
 
 class CacheMirror:
@@ -108,9 +103,7 @@ class CacheMirror:
         for at, key in enumerate(change.keys):
             known = self._ids.get(key)
             if known is not None or parent == -2:
-                # One more of the same, or under a parent that is not there: nobody could find it.
-                if known is not None:
-                    self._blocks[known].copies += 1
+                # There already, or under a parent that is not there: nobody could find it.
                 self._told(change, told, first_parent, first_token)
                 parent = -2 if known is None else known
                 told, first_parent, first_token = [], parent, (at + 1) * size
@@ -123,7 +116,7 @@ class CacheMirror:
                 if parent >= 0:
                     self._blocks[parent].children += 1
             else:
-                self._blocks[number].copies = 1
+                self._blocks[number].here = True
             self._ids[key] = number
             told.append(number)
             parent = number
@@ -136,20 +129,14 @@ class CacheMirror:
             self._tell(KvStored(ids, parent, tokens, change.salt, change.lora))
 
     def _remove(self, keys: list[Hashable]) -> None:
-        gone: list[int] = []
-        for key in keys:
-            number = self._ids.get(key)
-            if number is None:
-                continue
+        ids = [number for key in keys if (number := self._ids.pop(key, None)) is not None]
+        for number in ids:
             block = self._blocks[number]
-            block.copies -= 1
-            if not block.here:
-                del self._ids[key]
-                self._gone[key] = number
-                self._forget(number)
-                gone.append(number)
-        if gone:
-            self._tell(KvRemoved(gone))
+            block.here = False
+            self._gone[block.key] = number
+            self._forget(number)
+        if ids:
+            self._tell(KvRemoved(ids))
 
     def _forget(self, number: int) -> None:
         """What is neither here nor anybody's parent."""

@@ -170,23 +170,6 @@ def test_beyond_its_bound_the_index_counts_and_does_not_grow() -> None:
     assert index.cached([b"a"]) == {"v": 1}
 
 
-def test_a_block_that_was_computed_twice_is_there_until_both_are_gone() -> None:
-    mirror, index = CacheMirror(), PrefixIndex()
-    view = CacheView("w", SIZE, index)
-    prompt = list(range(9))
-    twice = [Stored([1, 2], None, prompt[:8]), Stored([1, 2], None, prompt[:8])]
-    for changes, found in (
-        (twice, 2),
-        ([Removed([2])], 2),
-        ([Removed([2, 1])], 1),
-        ([Removed([1])], 0),
-    ):
-        mirror.apply(changes)
-        for part in mirror.snapshot():
-            assert view.snapshot(part)
-        assert index.cached(links(prompt, SIZE)).get("w", 0) == found
-
-
 def test_who_is_too_far_behind_is_told_so() -> None:
     mirror = CacheMirror()
     for number in range(EVENTS_KEPT + 1):
