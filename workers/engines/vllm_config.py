@@ -20,6 +20,8 @@ _KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "mixed": "kv_bot
 def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) -> VllmConfig:
     """Parse the flags left over as vLLM's own; a bad one ends the process as argparse does."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Events with whole hashes: our connector looks them up in the cache that they are of.
+    os.environ["VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"] = "0"
     from vllm import AsyncEngineArgs
     from vllm.config import KVEventsConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
