@@ -13,7 +13,7 @@ from router.core.cache_view import CacheView
 from router.core.caches import ASK_INTERVAL_S, JUDGED_MIN, Caches
 from router.core.prefix_index import PrefixIndex
 from workers.api import KvCleared, KvRemoved, KvSnapshot, KvStored, Role
-from workers.cache_mirror import EVENTS_KEPT, PART_TOKENS, CacheMirror
+from workers.cache_mirror import EVENT_TOKENS_KEPT, EVENTS_KEPT, PART_TOKENS, CacheMirror
 from workers.engines.base import Cleared, Removed, Stored
 
 SIZE = 4
@@ -177,6 +177,14 @@ def test_who_is_too_far_behind_is_told_so() -> None:
     assert mirror.since(0) is None
     assert len(mirror.since(1) or []) == EVENTS_KEPT
     assert mirror.since(mirror.seq) == []
+
+
+def test_changes_kept_for_slow_routers_are_bounded_in_tokens_too() -> None:
+    mirror, size = CacheMirror(), EVENT_TOKENS_KEPT // 4
+    for number in range(6):
+        mirror.apply([Stored([number], None, [number] * size)])
+    assert mirror.since(1) is None
+    assert len(mirror.since(2) or []) == 4
 
 
 def test_a_large_cache_is_told_in_bounded_parts() -> None:
