@@ -13,7 +13,7 @@ import msgspec
 
 from router.ask import Ask, Reserve
 from router.core import lifecycle as life
-from router.core.caches import Caches
+from router.core.caches import Caches, Foretold
 from router.core.errors import NoWorkers, Overloaded
 from router.core.fleet import Fleet
 from router.core.placement import Prompt, place
@@ -236,9 +236,11 @@ class Dispatch:
         if worker_id != live.computes_on or delta.cached_tokens is None:
             return
         live.computes_on = ""  # Once.
-        predicted, prompt_tokens = live.predicted_tokens, len(live.ask.prompt_token_ids)
-        actual, now = delta.cached_tokens, live.progress_at
-        if self.caches.judge(worker_id, predicted, actual, prompt_tokens, now):
+        ask, now = live.ask, live.progress_at
+        foretold = Foretold(
+            live.predicted_tokens, ask.prompt_token_ids, ask.cache_salt, ask.lora_name
+        )
+        if self.caches.judge(worker_id, foretold, delta.cached_tokens, now):
             log.warning("prefix index not believed", extra={"worker": worker_id})
             self._send(worker_id, KvAsk())
 

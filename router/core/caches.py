@@ -25,6 +25,16 @@ ERROR_SHARE_MAX: Final = 0.2
 between a placement and a prefill, so a little error is no fault."""
 
 
+@dataclass(frozen=True, slots=True)
+class Foretold:
+    """What the index said of a prompt when it was placed."""
+
+    tokens: int
+    token_ids: Sequence[int]
+    salt: str | None = None
+    lora: str | None = None
+
+
 @dataclass(slots=True)
 class _Cache:
     view: CacheView
@@ -104,17 +114,23 @@ class Caches:
                 found |= {worker: count * block_tokens for worker, count in blocks.items()}
         return found
 
-    def judge(
-        self, worker_id: str, predicted: int, actual: int, prompt_tokens: int, now: float
-    ) -> bool:
-        """What was foretold of a prompt, and what came true."""
-        self.predicted_tokens_total += predicted
+    def judge(self, worker_id: str, foretold: Foretold, actual: int, now: float) -> bool:
+        """What was foretold of a prompt, and what came true.
+
+        Of equal prompts that come at once, all but the first hit what none had when they were
+        placed. That the worker has told of since: the index was early there, and not wrong.
+        """
+        self.predicted_tokens_total += foretold.tokens
         self.actual_tokens_total += actual
-        self.error_tokens_total += abs(predicted - actual)
+        self.error_tokens_total += abs(foretold.tokens - actual)
         cache = self._caches.get(worker_id)
         if cache is None or not cache.view.in_step:
             return False
-        cache.judged.append((abs(predicted - actual), prompt_tokens))
+        known = foretold.tokens
+        if known < actual:
+            told = self.cached_tokens(foretold.token_ids, foretold.salt, foretold.lora)
+            known = min(actual, max(known, told.get(worker_id, 0)))
+        cache.judged.append((abs(known - actual), len(foretold.token_ids)))
         wrong, of = map(sum, zip(*cache.judged, strict=True))
         if len(cache.judged) < JUDGED_MIN or wrong <= of * ERROR_SHARE_MAX:
             return False

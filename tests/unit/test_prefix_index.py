@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from router.core.blocks import links
 from router.core.cache_view import CacheView
-from router.core.caches import ASK_INTERVAL_S, JUDGED_MIN, Caches
+from router.core.caches import ASK_INTERVAL_S, JUDGED_MIN, Caches, Foretold
 from router.core.prefix_index import PrefixIndex
 from workers.api import KvCleared, KvRemoved, KvSnapshot, KvStored, Role
 from workers.cache_mirror import EVENT_TOKENS_KEPT, EVENTS_KEPT, PART_TOKENS, CacheMirror
@@ -236,19 +236,40 @@ def caches() -> Caches:
 
 
 def test_an_index_that_is_often_wrong_is_asked_for_anew_and_counted(caches: Caches) -> None:
-    answers = [caches.judge("w", 0, 90, 100, ASK_INTERVAL_S + n) for n in range(JUDGED_MIN)]
+    wrong = Foretold(0, [5] * 100)
+    answers = [caches.judge("w", wrong, 90, ASK_INTERVAL_S + n) for n in range(JUDGED_MIN)]
     assert answers == [False] * (JUDGED_MIN - 1) + [True]
     assert (caches.disbelieved_total, caches.in_step) == (1, 0)
     assert caches.error_tokens_total == 90 * JUDGED_MIN
     caches.snapshot("w", KvSnapshot(0, 0, True, []), 30.0)
     assert caches.in_step == 1
-    assert not caches.judge("w", 0, 90, 100, 40.0), "it begins anew"
+    assert not caches.judge("w", wrong, 90, 40.0), "it begins anew"
 
 
 def test_an_index_that_is_right_is_believed(caches: Caches) -> None:
     for n in range(500):
-        assert not caches.judge("w", 50, 50 + n % 10, 100, 10.0 + n)
+        assert not caches.judge("w", Foretold(50, [5] * 100), 50 + n % 10, 10.0 + n)
     assert caches.disbelieved_total == 0
+
+
+def test_equal_prompts_at_once_are_no_fault_of_the_index(caches: Caches) -> None:
+    """All were placed before the first was computed; the worker has told of its blocks since."""
+    prompt = list(range(161))
+    assert not caches.events("w", 0, [KvStored(list(range(10)), -1, prompt[:160])], 6.0)
+    for _ in range(2 * JUDGED_MIN):
+        assert not caches.judge("w", Foretold(0, prompt), 160, 7.0)
+    assert (caches.disbelieved_total, caches.in_step) == (0, 1)
+    assert caches.error_tokens_total == 160 * 2 * JUDGED_MIN, "counted all the same"
+
+
+def test_what_was_promised_and_not_there_is_a_fault_whatever_was_told_since(
+    caches: Caches,
+) -> None:
+    prompt = list(range(161))
+    assert not caches.events("w", 0, [KvStored(list(range(10)), -1, prompt[:160])], 6.0)
+    for n in range(JUDGED_MIN):
+        caches.judge("w", Foretold(160, prompt), 0, 7.0 + n)
+    assert (caches.disbelieved_total, caches.in_step) == (1, 0)
 
 
 def test_a_gap_is_asked_about_once_in_a_while_and_not_forgotten(caches: Caches) -> None:
