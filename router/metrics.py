@@ -69,6 +69,7 @@ class CacheMetrics:
             ("tandem_router_index_asked_again_total", "Snapshots asked for", c.asked_again_total),
             ("tandem_router_index_disbelieved_total", "Indexes given up", c.disbelieved_total),
             ("tandem_router_index_overflowed_total", "Blocks left out", c.overflowed_total),
+            ("tandem_router_index_left_out_total", "Whole caches left out", c.left_out_total),
             ("tandem_router_predicted_tokens_total", "Foretold", c.predicted_tokens_total),
             ("tandem_router_cached_tokens_total", "Come true", c.actual_tokens_total),
             ("tandem_router_mispredicted_tokens_total", "Difference", c.error_tokens_total),

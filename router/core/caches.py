@@ -24,6 +24,10 @@ ERROR_SHARE_MAX: Final = 0.2
 """Of the prompt tokens of those: more, and the worker's index is not believed. Caches change
 between a placement and a prefill, so a little error is no fault."""
 
+HELD_MAX: Final = 16_000_000
+"""Blocks over all workers, each counted where it is: 2.1 GB at 133 bytes (`CacheView`). A worker
+whose news pass it is left out whole, until all that it may have fits again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Foretold:
@@ -38,7 +42,10 @@ class Foretold:
 @dataclass(slots=True)
 class _Cache:
     view: CacheView
+    blocks_total: int
     asked_at: float
+    left_out: bool = False
+    """There was no room for it."""
     judged: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=JUDGED))
     """Tokens that were predicted wrongly, and the prompt's."""
 
@@ -46,11 +53,13 @@ class _Cache:
 class Caches:
     """One view a worker, one index a block size. Whoever is told `True` sends `KvAsk`."""
 
-    def __init__(self) -> None:
+    def __init__(self, held_max: int = HELD_MAX) -> None:
+        self._held_max = held_max
         self._caches: dict[str, _Cache] = {}
         self._indexes: dict[int, PrefixIndex] = {}
         self.asked_again_total = 0
         self.disbelieved_total = 0
+        self.left_out_total = 0
         self.predicted_tokens_total = 0
         self.actual_tokens_total = 0
         self.error_tokens_total = 0
@@ -59,6 +68,11 @@ class Caches:
     def blocks(self) -> int:
         """Distinct ones, over all indexes."""
         return sum(len(index) for index in self._indexes.values())
+
+    @property
+    def held(self) -> int:
+        """Each counted in every cache that has it."""
+        return sum(index.held for index in self._indexes.values())
 
     @property
     def overflowed_total(self) -> int:
@@ -79,7 +93,7 @@ class Caches:
             return False
         index = self._indexes.setdefault(hello.block_tokens, PrefixIndex())
         view = CacheView(hello.worker_id, hello.block_tokens, index)
-        self._caches[hello.worker_id] = _Cache(view, asked_at=now)
+        self._caches[hello.worker_id] = _Cache(view, hello.blocks_total, asked_at=now)
         return True
 
     def leave(self, worker_id: str) -> None:
@@ -88,11 +102,15 @@ class Caches:
 
     def events(self, worker_id: str, seq: int, events: Sequence[KvEvent], now: float) -> bool:
         cache = self._caches.get(worker_id)
-        return cache is not None and not cache.view.events(seq, events) and self._again(cache, now)
+        if cache is None or cache.left_out:
+            return False
+        return self._taken(cache, cache.view.events(seq, events), now)
 
     def snapshot(self, worker_id: str, news: KvSnapshot, now: float) -> bool:
         cache = self._caches.get(worker_id)
-        return cache is not None and not cache.view.snapshot(news) and self._again(cache, now)
+        if cache is None or cache.left_out:
+            return False
+        return self._taken(cache, cache.view.snapshot(news), now)
 
     def overdue(self, now: float) -> list[str]:
         """Workers to be asked now: still out of step long after they were asked last."""
@@ -101,7 +119,7 @@ class Caches:
             for c in self._caches.values()
             if not c.view.in_step and now - c.asked_at >= ASK_INTERVAL_S
         ]
-        return [c.view.worker_id for c in late if self._again(c, now)]
+        return [c.view.worker_id for c in late if self._fits(c) and self._again(c, now)]
 
     def cached_tokens(
         self, token_ids: Sequence[int], salt: str | None, lora: str | None
@@ -138,6 +156,20 @@ class Caches:
         cache.judged.clear()
         cache.view.forget()
         return self._again(cache, now)
+
+    def _taken(self, cache: _Cache, in_order: bool, now: float) -> bool:
+        if self.held > self._held_max:
+            cache.view.forget()
+            cache.left_out = True
+            self.left_out_total += 1
+            return False
+        return not in_order and self._again(cache, now)
+
+    def _fits(self, cache: _Cache) -> bool:
+        """One that was left out may come back; else nothing is known against it."""
+        if cache.left_out:
+            cache.left_out = self.held + cache.blocks_total > self._held_max
+        return not cache.left_out
 
     def _again(self, cache: _Cache, now: float) -> bool:
         """Whether to ask now; else `overdue` says when."""

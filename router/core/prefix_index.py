@@ -29,12 +29,15 @@ class PrefixIndex:
         self._names: dict[int, str] = {}
         self._free: list[int] = []
         self.overflowed_total = 0
+        self.held = 0
+        """Blocks over all workers, each counted where it is."""
 
     def __len__(self) -> int:
         """Distinct blocks."""
         return len(self._holders)
 
     def add(self, worker_id: str, link: Link) -> None:
+        self.held += 1
         bit = 1 << self._slot(worker_id)
         holders = self._holders.get(link)
         if holders is None:
@@ -46,6 +49,8 @@ class PrefixIndex:
             self._holders[link] = holders | bit
 
     def remove(self, worker_id: str, link: Link) -> None:
+        """What was added before, whether or not it had room."""
+        self.held -= 1
         bit, holders = 1 << self._slot(worker_id), self._holders.get(link, 0)
         if not holders & bit:
             return

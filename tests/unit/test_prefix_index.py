@@ -110,7 +110,7 @@ def test_at_rest_the_index_is_the_caches(
             assert found.get("other", 0) == int(alone)
     view.forget()
     other.forget()
-    assert len(index) == 0
+    assert len(index) == index.held == 0
 
 
 @given(st.dictionaries(st.integers(0, 40), st.integers(0, 12), max_size=12), st.integers(1, 12))
@@ -270,6 +270,26 @@ def test_what_was_promised_and_not_there_is_a_fault_whatever_was_told_since(
     for n in range(JUDGED_MIN):
         caches.judge("w", Foretold(160, prompt), 0, 7.0 + n)
     assert (caches.disbelieved_total, caches.in_step) == (1, 0)
+
+
+def test_a_cache_that_does_not_fit_is_left_out_whole_until_it_does() -> None:
+    from tests.unit.test_dispatch import hello
+
+    caches, prompt = Caches(held_max=100), list(range(80 * 16))
+    stored = KvStored(list(range(80)), -1, prompt)
+    for name in ("a", "b"):
+        caches.join(hello(name, Role.DECODE), 0.0)
+        assert not caches.snapshot(name, KvSnapshot(0, 0, False, [stored]), 0.0)
+    assert (caches.held, caches.left_out_total) == (80, 1)
+    assert not caches.snapshot("b", KvSnapshot(0, 1, True, []), 9.0), "the rest of what had no room"
+    assert caches.cached_tokens(prompt, None, None) == {"a": 79 * 16}
+    assert not caches.snapshot("a", KvSnapshot(0, 1, True, []), 9.0)
+    assert caches.overdue(10.0) == []
+    caches.leave("a")
+    assert caches.held == 0
+    assert caches.overdue(20.0) == ["b"]
+    assert not caches.snapshot("b", KvSnapshot(0, 0, True, [stored]), 20.0)
+    assert caches.cached_tokens(prompt, None, None) == {"b": 79 * 16}
 
 
 def test_a_gap_is_asked_about_once_in_a_while_and_not_forgotten(caches: Caches) -> None:
