@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from router.core.blocks import next_link, root
 from router.core.caches import ASK_INTERVAL_S
 from router.dispatch import Ask
 from tests.simulation.cluster import MENDS_S
@@ -13,10 +14,12 @@ from workers.api import LOAD_INTERVAL_S, Role
 from workers.channel import QUEUE_MAX
 
 if TYPE_CHECKING:
+    from router.core.blocks import Link
     from router.journal import Record
     from tests.simulation.clients import Request
     from tests.simulation.cluster import Cluster
     from tests.simulation.hosts import RouterHost
+    from workers.cache_mirror import CacheMirror
 
 LOST_S = 200.0
 """Of a hung engine a router is sure after a minute, three times in a row. Nobody who waits hears
@@ -199,17 +202,41 @@ async def nothing_is_kept(cluster: Cluster) -> None:
 async def indexes_are_the_caches(cluster: Cluster) -> None:
     """At rest, and a question's interval later, each router knows what each worker has cached."""
     await cluster.until(cluster.loop.time() + ASK_INTERVAL_S + 2 * LOAD_INTERVAL_S)
+    held: dict[str, dict[int, Link]] = {}
     for host in cluster.live_workers:
         assert host.life is not None
         pool = host.life.engine._engine._model._pool
-        cached = {*pool._owners, *pool._idle}
-        if set(host.life.worker._mirror._ids) != cached:
+        mirror = host.life.worker._mirror
+        if set(mirror._ids) != {*pool._owners, *pool._idle}:
             raise Violation(f"{host.name} tells of other blocks than it has")
-        for router in cluster.live_routers:
-            view = router.dispatch.caches.view(host.name)
-            if view is None or not view.in_step or len(view) != len(cached):
-                known = None if view is None else (view.in_step, len(view))
-                raise Violation(f"{router.name} knows {known} of {host.name}, not {len(cached)}")
+        held[host.name] = _links_held(mirror)
+    for router in cluster.live_routers:
+        index_is(router, held)
+
+
+def index_is(router: RouterHost, held: dict[str, dict[int, Link]]) -> None:
+    caches = router.dispatch.caches
+    holders: dict[Link, set[str]] = {}
+    for name, links in held.items():
+        view = caches.view(name)
+        if view is None or not view.in_step or view._links != links:
+            known = None if view is None else (view.in_step, len(view))
+            raise Violation(f"{router.name} knows {known} of {name}, not {len(links)}")
+        for link in links.values():
+            holders.setdefault(link, set()).add(name)
+    for index in caches._indexes.values():
+        found = {link: set(index._workers(bits)) for link, bits in index._holders.items()}
+        if found != holders:
+            raise Violation(f"{router.name} finds {len(found)} blocks, not {len(holders)}")
+
+
+def _links_held(mirror: CacheMirror) -> dict[int, Link]:
+    """What is in the cache, by the worker's numbers, named anew from its tokens."""
+    links: dict[int, Link] = {}
+    for number, block in mirror._blocks.items():  # A parent is always older.
+        before = links[block.parent] if block.parent >= 0 else root(block.salt, block.lora)
+        links[number] = next_link(before, block.token_ids)
+    return {number: links[number] for number in mirror._ids.values()}
 
 
 def _record(router: RouterHost, request: Request) -> Record | None:
