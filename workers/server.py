@@ -94,6 +94,9 @@ class Worker:
         self._routers: dict[bytes, _Router] = {}
         self._owners: dict[str, bytes] = {}
         self._mirror = CacheMirror()
+        self._asked: dict[bytes, None] = {}
+        """Routers that wait to be told all of the cache, in turn."""
+        self._asked_now = asyncio.Event()
         self._draining = False
         self._steps = 0
         self._stepped_at = clock()
@@ -137,6 +140,7 @@ class Worker:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._engine.run(self._on_step))
             tasks.create_task(self._tick())
+            tasks.create_task(self._tell_caches())
 
     async def drain(self, seconds: float) -> None:
         """Take nothing more; return when nothing runs and no lease is open, or time is over.
@@ -188,7 +192,8 @@ class Worker:
             case Release(tickets):
                 self._engine.release(tickets)
             case KvAsk():
-                self._tell_cache(router, known)
+                self._asked[router] = None
+                self._asked_now.set()
 
     def _greet(self, router: bytes, hello: RouterHello) -> None:
         if self._hello is None:
@@ -269,11 +274,28 @@ class Worker:
         first = seq if changes is not None else mirror.seq - 1
         return Batch(load, deltas, router.heard, first, changes or _GAP)
 
-    def _tell_cache(self, router: bytes, known: _Router) -> None:
+    async def _tell_caches(self) -> None:
+        while True:
+            await self._asked_now.wait()
+            self._asked_now.clear()
+            while self._asked:
+                await self._tell_cache(next(iter(self._asked)))
+
+    async def _tell_cache(self, router: bytes) -> None:
+        """All of it, a part a turn: a large one takes longer than streams may wait."""
+        del self._asked[router]
         self._mirror.apply(self._engine.cache_changes())
-        known.kv_seq = self._mirror.seq
-        for part in self._mirror.snapshot():
+        seq, parts = self._mirror.seq, self._mirror.snapshot()
+        known = self._routers.get(router)
+        if known is None:
+            return
+        known.kv_seq = None  # What changes meanwhile follows the last part.
+        for part in parts:
             self._send(router, part)
+            await asyncio.sleep(0)
+            if self._routers.get(router) is not known:
+                return  # Given up, and perhaps greeted anew since.
+        known.kv_seq = seq
 
     def _send(self, router: bytes, message: Batch | KvSnapshot | WorkerHello | Refused) -> None:
         assert self._channel is not None

@@ -192,9 +192,53 @@ def test_a_large_cache_is_told_in_bounded_parts() -> None:
     for number in range(5):
         mirror.apply([Stored([number], None, [number] * PART_TOKENS)])
     parts = list(mirror.snapshot())
-    assert [part.part for part in parts] == [0, 1, 2, 3, 4, 5]
-    assert [part.last for part in parts] == [False] * 5 + [True]
-    assert all(len(part.events) <= 1 for part in parts)
+    assert [part.part for part in parts] == [0, 1, 2, 3, 4]
+    assert [part.last for part in parts] == [False] * 4 + [True]
+    assert all(len(part.events) == 1 for part in parts)
+
+
+@given(
+    st.lists(acts.filter(lambda act: act[0] != "tell"), min_size=2, max_size=40),
+    st.integers(0, 40),
+    st.integers(1, 4),
+)
+@settings(deadline=None)
+def test_a_snapshot_is_of_one_moment_and_what_changes_meanwhile_follows(
+    done: list[tuple[Any, ...]], before: int, pace: int
+) -> None:
+    """One part is taken at every `pace`th change."""
+    engine, index = Engine(), PrefixIndex()
+    view = CacheView("w", SIZE, index)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workers.cache_mirror.PART_TOKENS", 2 * SIZE)
+        for act, *rest in done[:before]:
+            getattr(engine, act)(*rest)
+        seq, parts = engine.mirror.seq, engine.mirror.snapshot()
+        for number, (act, *rest) in enumerate(done[before:]):
+            getattr(engine, act)(*rest)
+            if number % pace == 0 and (part := next(parts, None)):
+                assert view.snapshot(part)
+        assert all(view.snapshot(part) for part in parts)
+    changes = engine.mirror.since(seq)
+    assert changes is not None
+    assert view.events(seq, changes)
+    assert len(view) == len(engine.cache)
+    for act, *rest in done:
+        if act == "store":
+            prompt, salt = rest
+            assert index.cached(links(prompt, SIZE, salt)).get("w", 0) == engine.has(prompt, salt)
+
+
+def test_a_long_prompt_is_told_in_bounded_parts_and_few_events() -> None:
+    engine, index = Engine(), PrefixIndex()
+    prompt = [n % 7 for n in range(2 * PART_TOKENS + 1)]
+    keys = list(range(2 * PART_TOKENS // SIZE))
+    engine.mirror.apply([Stored(list(keys), None, prompt[:-1])])
+    parts = list(engine.mirror.snapshot())
+    assert [len(part.events) for part in parts] == [1, 1]
+    view = CacheView("w", SIZE, index)
+    assert all(view.snapshot(part) for part in parts)
+    assert index.cached(links(prompt, SIZE)) == {"w": len(keys)}
 
 
 @pytest.mark.parametrize(
