@@ -23,6 +23,7 @@ BY_DEFAULT = (FIRST, COUNT) == (0, SEEDS_BY_DEFAULT)
 REGRESSIONS = [
     (103, "a pull given up for memory left its lease to nobody"),
     (4, "a worker that had given a router up did not say so, and what it sent vanished"),
+    (601, "a request that was wrong was told of after its abort"),
 ]
 
 _counts: Counter[str] = Counter()

@@ -116,7 +116,9 @@ class SimModel:
         heapq.heappush(self._waiting, (*run.order, generate.request_id))
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        for request_id in request_ids:
+        gone = list(request_ids)
+        self._rejected = [d for d in self._rejected if d.request_id not in gone]
+        for request_id in gone:
             if run := self._live.pop(request_id, None):
                 self._running.pop(request_id, None)
                 self._free(run)
