@@ -313,9 +313,7 @@ class Connection:
 
     def idle(self, now: float) -> bool:
         """Of no use for so long that its sender may be gone for good."""
-        if self._by_handle:
-            self._idle_since = now
-        return now > self._idle_since + IDLE_S_MAX
+        return not self._by_handle and now > self._idle_since + IDLE_S_MAX
 
     def tick(self, now: float) -> None:
         for running in list(self._by_handle.values()):
@@ -372,6 +370,7 @@ class Connection:
         order, pull = running.order, running.pull
         transport = self._reach.transport if self._reach else ""
         del self._by_handle[order.handle]
+        self._idle_since = time.monotonic()
         for seq in [s for s, (handle, _) in self._questions.items() if handle == order.handle]:
             del self._questions[seq]
         if pull.mismatched:

@@ -21,8 +21,6 @@ from workers.api import (
     Finish,
     Generate,
     KvAsk,
-    KvEvent,
-    KvRemoved,
     KvSnapshot,
     Load,
     Refused,
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_GAP: Final[list[KvEvent]] = [KvRemoved([])]
 STALL_S: Final = 60.0
 """Busy without a step for this long is dead."""
 
@@ -95,7 +92,7 @@ class Worker:
         self._owners: dict[str, bytes] = {}
         self._mirror = CacheMirror()
         self._asked: dict[bytes, None] = {}
-        """Routers that wait to be told all of the cache, in turn."""
+        """Routers that are to be told all of the cache, in turn."""
         self._asked_now = asyncio.Event()
         self._draining = False
         self._steps = 0
@@ -229,7 +226,7 @@ class Worker:
             refusal = f"request id {request_id} is in use"
         if refusal:
             delta = Delta(request_id, [], Finish.REFUSED, error=refusal)
-            self._send(router, self._batch(self.load, [delta], known))
+            self._send(router, self._batch(router, self.load, [delta]))
             return
         self._owners[request_id] = router
         known.requests[request_id] = None
@@ -261,18 +258,22 @@ class Worker:
         if by_router:
             load = msgspec.structs.replace(load, draining=self._draining)
             for router, batch in by_router.items():
-                self._send(router, self._batch(load, batch, self._routers[router]))
+                self._send(router, self._batch(router, load, batch))
 
-    def _batch(self, load: Load, deltas: list[Delta], router: _Router) -> Batch:
+    def _batch(self, router: bytes, load: Load, deltas: list[Delta]) -> Batch:
         """With what of the cache has changed since the last one to this router."""
-        seq, mirror = router.kv_seq, self._mirror
+        known, mirror = self._routers[router], self._mirror
+        seq = known.kv_seq
         if seq is None or seq == mirror.seq:
-            return Batch(load, deltas, router.heard)
-        router.kv_seq = mirror.seq
+            return Batch(load, deltas, known.heard)
         changes = mirror.since(seq)
-        # What is kept no longer is a gap: it will ask for all.
-        first = seq if changes is not None else mirror.seq - 1
-        return Batch(load, deltas, router.heard, first, changes or _GAP)
+        if changes is None:  # It is further behind than changes are kept: all of it, unasked.
+            known.kv_seq = None
+            self._asked[router] = None
+            self._asked_now.set()
+            return Batch(load, deltas, known.heard)
+        known.kv_seq = mirror.seq
+        return Batch(load, deltas, known.heard, seq, changes)
 
     async def _tell_caches(self) -> None:
         while True:
@@ -320,4 +321,4 @@ class Worker:
                 if now - known.heard_at > SILENCE_S:
                     self._forget(router, f"silent for {now - known.heard_at:.1f} s")
                 elif now - known.told_at >= LOAD_INTERVAL_S:
-                    self._send(router, self._batch(self.load, [], known))
+                    self._send(router, self._batch(router, self.load, []))

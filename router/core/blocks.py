@@ -14,7 +14,8 @@ Link = bytes
 """16 bytes of xxh3 over the link before and the block's tokens. The same link is the same tokens
 under the same salt and adapter, from the prompt's first on. An attacker who finds two prompts with
 one link gains a wrong guess of ours where a prefix is cached, no more: what is reused, workers
-decide by hashes of their own."""
+decide by hashes of their own. What proves whose KV it is (`kvtransfer.core.manifest`) is another
+chain, cryptographic, of the last block too, and three times as dear."""
 
 
 def root(salt: str | None, lora: str | None) -> Link:

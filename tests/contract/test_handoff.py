@@ -316,3 +316,22 @@ def test_a_cancelled_pull_waits_for_no_connection(world: World) -> None:
     time.sleep(0.2)
     receiver.ask("cancel", "h")
     assert receiver.ask("outcome", "h", 0.5).pulled.error == "cancelled"
+
+
+@only("memory")
+def test_a_connection_of_no_use_is_given_up_and_made_anew_when_it_is(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtransfer.connection.IDLE_S_MAX", 0.3)
+    sender, receiver = world.sender(lease_s=5), world.receiver()
+    receiver.ask("follow", Prompt("waits", tokens=40), sender.ask("address"))
+    time.sleep(0.8)
+    sender.ask("send", Prompt("waits", tokens=40))
+    well(receiver.ask("outcome", "waits"))
+    assert receiver.ask("connects") == 1, "it waited, and was of use"
+    for connects, pause_s in ((1, 0.0), (2, 0.8)):
+        time.sleep(pause_s)
+        sender.ask("send", Prompt(f"{connects}", tokens=40))
+        receiver.ask("follow", Prompt(f"{connects}", tokens=40), sender.ask("address"))
+        well(receiver.ask("outcome", f"{connects}"))
+        assert receiver.ask("connects") == connects

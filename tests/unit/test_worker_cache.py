@@ -29,6 +29,8 @@ from workers.server import Identity, Worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    import pytest
+
     from workers.api import ToRouter, ToWorker
     from workers.channel import Channel
 
@@ -193,5 +195,30 @@ def test_nothing_more_is_told_to_a_router_that_takes_no_more() -> None:
         await asyncio.sleep(1)
         assert sum(isinstance(m, KvSnapshot) for m in place.heard(b"b")) == 1
         assert Known().take(place.heard(b"a"))
+
+    run(test)
+
+
+def test_who_is_further_behind_than_changes_are_kept_is_told_all_unasked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("workers.cache_mirror.EVENTS_KEPT", 2)
+    prompts = [[n] * 100 for n in range(1, 9)]
+
+    async def test(place: Place) -> None:
+        for router in (b"a", b"b"):
+            place.greet(router)
+            place.hear(router, KvAsk())
+        await asyncio.sleep(1)
+        known = Known()
+        assert known.take(place.heard(b"b"))
+        told = len(place.heard(b"b"))
+        for number, prompt in enumerate(prompts):
+            place.ask(b"a", f"r{number}", prompt)
+        await asyncio.sleep(3 * LOAD_INTERVAL_S)
+        news = place.heard(b"b")[told:]
+        assert known.take(news)
+        assert any(isinstance(message, KvSnapshot) for message in news)
+        assert [known.blocks(prompt) for prompt in prompts] == [99 // SIZE] * len(prompts)
 
     run(test)
