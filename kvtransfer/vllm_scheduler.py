@@ -70,6 +70,8 @@ class SchedulerHalf:
         self._kept: dict[str, str] = {}
         """Sealed handle -> request whose blocks it keeps."""
         self._pulling: dict[str, Request] = {}
+        self._first_tokens: dict[str, int] = {}
+        """By request, until all ranks have read: each of them says it when it has."""
         self._pulls: list[Order] = []
         self._cancelled: list[str] = []
         self._failures: list[dict[str, Any]] = []
@@ -250,11 +252,12 @@ class SchedulerHalf:
                 self._sender.computed(done.handle, done.generation, done.block_ids, sums)
                 if produced := by_handle.get(done.handle):
                     self._seal_if_whole(produced)
-            for request_id, token in report.first_tokens.items():
-                if request := self._pulling.get(request_id):
-                    self._adopt(request, token)
+            self._first_tokens |= report.first_tokens
         for request_id in output.finished_recving or ():
-            self._pulling.pop(request_id, None)
+            request = self._pulling.pop(request_id, None)
+            token = self._first_tokens.pop(request_id, None)
+            if request is not None and token is not None:
+                self._adopt(request, token)
 
     def _cache_changes(self) -> list[list[Any]]:
         """Taken before vLLM would publish them, and so with the very step that they are of."""

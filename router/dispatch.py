@@ -14,6 +14,7 @@ import msgspec
 from router.ask import Ask, Reserve
 from router.core import lifecycle as life
 from router.core.caches import Caches, Foretold
+from router.core.compat import unpaired
 from router.core.errors import NoWorkers, Overloaded
 from router.core.fleet import Fleet
 from router.core.placement import Prompt, place
@@ -116,6 +117,8 @@ class Dispatch:
             return
         if known:
             self.on_lost(hello.worker_id, "restarted")
+        if reason := unpaired(hello, [view.hello for view in self.fleet]):
+            log.warning("no handoff", extra={"worker": hello.worker_id, "reason": reason})
         self.fleet.join(hello, now)
         if self.caches.join(hello, now):
             self._send(hello.worker_id, KvAsk())

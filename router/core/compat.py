@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from workers.api import PROTOCOL
+from workers.api import ACCEPTS, PROTOCOL, Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from workers.api import WorkerHello
 
 
@@ -51,4 +53,24 @@ def can_hand_off(sender: WorkerHello, receiver: WorkerHello) -> bool:
         sender.kv_digest == receiver.kv_digest
         and sender.model_digest == receiver.model_digest
         and bool(set(sender.transports) & set(receiver.transports))
+    )
+
+
+def unpaired(worker: WorkerHello, others: Iterable[WorkerHello]) -> str | None:
+    """Why `worker` can hand off with none of the others, naming both sides of one pair.
+
+    None when it can with one of them, or when none of them is of the other role.
+    """
+    pairs = [
+        (sender, receiver)
+        for other in others
+        for sender, receiver in ((worker, other), (other, worker))
+        if Phase.PREFILL in ACCEPTS[sender.role] and Phase.DECODE in ACCEPTS[receiver.role]
+    ]
+    if not pairs or any(can_hand_off(*pair) for pair in pairs):
+        return None
+    return "; ".join(
+        f"{w.worker_id} ({w.role}) keeps {w.kv_digest} of model {w.model_digest} and offers "
+        f"{', '.join(w.transports) or 'no transport'}"
+        for w in pairs[0]
     )

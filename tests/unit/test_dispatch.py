@@ -175,10 +175,16 @@ def test_nobody_to_serve_is_refused_before_any_work() -> None:
     assert f.sent == [("p", KvAsk())]
 
 
-def test_workers_of_other_kv_layouts_are_never_paired() -> None:
+def test_workers_of_other_kv_layouts_are_never_paired(caplog: pytest.LogCaptureFixture) -> None:
     f = Fakes(hello("p", Role.PREFILL, kv="a"), hello("d", Role.DECODE, kv="b"))
+    [logged] = [record for record in caplog.records if record.message == "no handoff"]
+    assert "p (prefill) keeps a" in logged.__dict__["reason"]
+    assert "d (decode) keeps b" in logged.__dict__["reason"]
     placement = place(Prompt(10, 10), list(f.dispatch.fleet))
     assert (placement.prefill, placement.decode) == (None, "d")
+    f.dispatch.on_hello(hello("d2", Role.DECODE, kv="a"))
+    f.dispatch.on_hello(hello("p2", Role.PREFILL, kv="b"))
+    assert len([r for r in caplog.records if r.message == "no handoff"]) == 1
 
 
 def test_the_prefill_worker_with_the_fewest_queued_tokens_is_chosen() -> None:

@@ -233,7 +233,7 @@ def _change(told: list[Any]) -> CacheChange:
 
 
 def _merged(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
-    """Of one request's pulls by several ranks: bytes add up, the slowest counts."""
+    """Of one request's pulls by several ranks: bytes add up, the slowest and the failed count."""
     if one is None:
         return other
     return {
@@ -243,4 +243,6 @@ def _merged(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]
         "hidden_s": min(one["hidden_s"], other["hidden_s"]),
         "error": one["error"] or other["error"],
         "mismatched": one["mismatched"] or other["mismatched"],
+        "tokens": min(one["tokens"], other["tokens"]),
+        "first_token": one["first_token"] if other["first_token"] is None else other["first_token"],
     }

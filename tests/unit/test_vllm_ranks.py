@@ -1,0 +1,97 @@
+"""What several ranks of one vLLM worker say of one pull, each at a step of its own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from kvtransfer.orders import Pulled
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from kvtransfer.vllm_scheduler import SchedulerHalf
+
+# Torch warns of its own deprecations while vLLM imports it.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+PROMPT = [5, 6, 7, 8, 9]
+
+
+@pytest.fixture
+def half() -> SchedulerHalf:
+    from kvtransfer.vllm_scheduler import SchedulerHalf
+
+    config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(get_from_extra_config=lambda _, default: default),
+        cache_config=SimpleNamespace(block_size=4),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8),
+    )
+    return SchedulerHalf(cast("VllmConfig", config))
+
+
+@pytest.fixture
+def pulling(half: SchedulerHalf) -> Request:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.request import Request
+
+    fetch = {"handle": "h", "epoch": "e", "endpoint": "tcp://127.0.0.1:1"}
+    params = SamplingParams(max_tokens=12, min_tokens=2)
+    request = Request("r", list(PROMPT), params, None)
+    request.kv_transfer_params = {"tandem_fetch": fetch}
+    blocks = SimpleNamespace(get_block_ids=lambda: ([1, 2],))
+    half.allocated(request, cast("KVCacheBlocks", blocks), len(PROMPT))
+    return request
+
+
+def told(tokens: dict[str, int], finished: set[str] | None = None) -> KVConnectorOutput:
+    from vllm.v1.outputs import KVConnectorOutput
+
+    from kvtransfer.vllm_records import StepReport
+
+    report = StepReport(first_tokens=tokens)
+    return KVConnectorOutput(kv_connector_worker_meta=report, finished_recving=finished)
+
+
+def test_a_first_token_is_taken_once_however_many_ranks_tell_it(
+    half: SchedulerHalf, pulling: Request
+) -> None:
+    half.reported(told({"r": 42}))
+    half.reported(told({"r": 42}))
+    assert pulling.num_prompt_tokens == len(PROMPT), "some rank still reads"
+    half.reported(told({"r": 42}, {"r"}))
+    assert pulling.prompt_token_ids == [*PROMPT, 42]
+    assert list(pulling.all_token_ids) == [*PROMPT, 42]
+    assert (pulling.max_tokens, pulling.sampling_params.min_tokens) == (11, 1)
+
+
+def test_a_first_token_that_one_rank_only_has_counts(half: SchedulerHalf, pulling: Request) -> None:
+    half.reported(told({"r": 42}))
+    half.reported(told({}, {"r"}))
+    assert pulling.prompt_token_ids == [*PROMPT, 42]
+
+
+def test_a_request_that_was_aborted_adopts_nothing(half: SchedulerHalf, pulling: Request) -> None:
+    half.reported(told({"r": 42}))
+    half.finished(pulling, [])
+    half.reported(told({"r": 42}, {"r"}))
+    assert pulling.prompt_token_ids == PROMPT
+
+
+@pytest.mark.parametrize("failed_first", [True, False])
+def test_one_rank_s_failure_is_the_request_s(failed_first: bool) -> None:
+    from kvtransfer.vllm_records import account
+    from workers.engines.vllm import _merged
+
+    good = account(Pulled("r", None, False, "tcp", 100, 0.5, 0.3, 42), tokens=5)
+    bad = account(Pulled("r", "the read timed out", False, "tcp", 0, 1.0, 0.1, None), tokens=5)
+    told: list[dict[str, Any]] = [bad, good] if failed_first else [good, bad]
+    merged = _merged(told[0], told[1])
+    assert merged["error"] == "the read timed out"
+    assert (merged["tokens"], merged["first_token"]) == (0, 42)
+    assert (merged["seconds"], merged["hidden_s"]) == (1.0, 0.1)
