@@ -17,6 +17,7 @@ import uvloop
 import zmq
 
 from router.core.compat import RouterFacts
+from router.core.placement import EstimatePolicy
 from router.dispatch import Dispatch
 from router.journal import Journal
 from router.link import Curve, Links
@@ -103,7 +104,8 @@ async def _serve(
         links.send(worker_id, message)
 
     journal = Journal(Metrics())
-    dispatch = Dispatch(send, engine, time.monotonic, journal, settings.reserve)
+    policy = EstimatePolicy(settings.disaggregate)
+    dispatch = Dispatch(send, engine, time.monotonic, journal, settings.reserve, policy=policy)
     CacheMetrics(dispatch.caches)
     engine.attach(dispatch)
     links = Links(settings.workers, facts, dispatch, curve)

@@ -7,16 +7,17 @@ runs behind HTTP and in the simulator.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from router.accounts import Accounts
 from router.ask import Ask, Reserve
 from router.core import lifecycle as life
 from router.core.caches import Caches
 from router.core.errors import NoWorkers, Overloaded
 from router.core.fleet import Fleet
-from router.core.placement import Prompt, place
+from router.core.placement import EstimatePolicy
 from router.journal import Journal
 from router.live import Live, Step
 from workers.api import (
@@ -34,8 +35,8 @@ from workers.api import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from router.core.errors import RouterError
-    from router.core.placement import Placement
+    from router.core.placement import Placement, Policy
+    from router.sink import Sink
     from workers.api import KvSnapshot, ToWorker, WorkerHello
 
 log = logging.getLogger(__name__)
@@ -45,17 +46,6 @@ REQUESTS_MAX = 20_000
 PREFILL_SUFFIX = "/p"
 STUCK_S = 600.0
 """A request without any progress for this long is failed."""
-
-
-class Sink(Protocol):
-    """Where tokens and failures go: the front, or the simulator's bookkeeping."""
-
-    def deliver(self, deltas: list[Delta], prompt_extras: dict[str, bytes]) -> None:
-        """Deltas of one engine step. `prompt_extras` has, by request id and only with the first
-        delta, what the prefill worker said of the prompt (`Delta.extras`). A first delta's
-        `cached_tokens` are those that no worker had to compute."""
-
-    def fail(self, request_id: str, error: RouterError) -> None: ...
 
 
 class Dispatch:
@@ -68,9 +58,13 @@ class Dispatch:
         clock: Callable[[], float],
         journal: Journal | None = None,
         reserve: Reserve = Reserve.AT_LAST_STEP,
+        *,
+        policy: Policy | None = None,
     ) -> None:
         self.fleet = Fleet()
         self.caches = Caches()
+        self.accounts = Accounts(self.fleet)
+        self._policy = policy or EstimatePolicy()
         self._reserve = reserve
         self.journal = journal or Journal()
         self._send = send
@@ -88,7 +82,8 @@ class Dispatch:
         """Raise what `submit` would raise for lack of workers or room, before any work."""
         if len(self._live) >= REQUESTS_MAX:
             raise Overloaded(live=len(self._live))
-        place(Prompt(tokens=1, output_tokens_max=1), list(self.fleet))
+        if not any(w.generates for w in self.fleet):
+            raise NoWorkers("decode", known=len(self.fleet))
 
     def submit(self, ask: Ask) -> None:
         """Start a request. Raises NoWorkers or Overloaded; then nothing has been started."""
@@ -224,8 +219,8 @@ class Dispatch:
         if live.prompt_extras is not None:
             step.prompt_extras[request_id] = live.prompt_extras
             live.prompt_extras = None
-        if view := self.fleet.get(worker_id):
-            view.unheard.pop(request_id, None)
+        self.accounts.said(live, worker_id, delta)
+        live.output_tokens += len(delta.token_ids)
         self.journal.tokens(request_id, len(delta.token_ids), live.progress_at)
         if delta.request_id != request_id:  # The wire's id has the try in it.
             delta = msgspec.structs.replace(delta, request_id=request_id)
@@ -252,7 +247,7 @@ class Dispatch:
         before = live.state
         live.state, effects = life.advance(before, event)
         if type(live.state) is not type(before):
-            self._account(live)
+            self.accounts.settle(live)
         for effect in effects:
             self._carry_out(live, effect, now)
         if isinstance(live.state, life.Ended):
@@ -283,16 +278,18 @@ class Dispatch:
     def _place(self, live: Live, effect: life.Place, now: float) -> None:
         ask = live.ask
         cached = self.caches.cached_tokens(ask.prompt_token_ids, ask.cache_salt, ask.lora_name)
-        prompt = Prompt(len(ask.prompt_token_ids), ask.max_tokens, cached)
+        prompt = self.accounts.prompt(ask, cached)
         avoid = frozenset({effect.avoid} if effect.avoid else ())
         event: life.Event
         try:
-            placement = place(prompt, list(self.fleet), avoid)
+            placement = self._policy.place(prompt, list(self.fleet), avoid)
         except NoWorkers as error:
             event = life.NotPlaced(error)
         else:
             live.computes_on = placement.prefill or placement.decode
             live.predicted_tokens = cached.get(live.computes_on, 0)
+            live.kv_tokens_expected = prompt.tokens + prompt.output_tokens
+            live.kv_tokens = live.kv_tokens_counted = 0
             self.journal.placed(ask.request_id, placement, live.predicted_tokens)
             event = self._placed(live, placement)
         self._advance(live, event, now)
@@ -346,30 +343,11 @@ class Dispatch:
         assert isinstance(effect, life.ReleaseKV)
         self._send(effect.worker, Release([effect.ticket]))
 
-    # ------------------------------------------------------------ accounts
-
-    def _account(self, live: Live) -> None:
-        """Count the request where it now is, and nowhere else."""
-        request_id, state = live.ask.request_id, live.state
-        prompt_tokens = len(live.ask.prompt_token_ids)
-        for each in self.fleet:
-            each.unheard.pop(request_id, None)
-            each.streams.discard(request_id)
-        if not isinstance(state, (life.Prefilling, life.Decoding)):
-            return
-        if decode := self.fleet.get(state.decode):
-            decode.streams.add(request_id)
-        computing = None
-        if isinstance(state, life.Prefilling):
-            computing = self.fleet.get(state.prefill)
-        elif state.prefill is None:
-            computing = decode
-        if computing:
-            computing.place(request_id, prompt_tokens - live.predicted_tokens)
-
     def _forget(self, live: Live, outcome: life.Outcome, now: float) -> None:
         if self._live.pop(live.ask.request_id, None) is not None:
             self._forget_wires(live)
+            if outcome is life.Outcome.FINISHED:
+                self.accounts.finished(live.output_tokens)
             self.journal.end(live.ask.request_id, outcome, now)
 
 

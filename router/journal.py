@@ -34,6 +34,13 @@ class Record(msgspec.Struct):
     one worker did both, its own. The client's usage says the same."""
     predicted_tokens: int = 0
     """What the index said of `cached_tokens` when it was placed."""
+    candidates: int = 0
+    """Workers that placement looked at."""
+    estimated_ttft_s: float | None = None
+    """At placement, from then on; beside `ttft_s`, which is from the start. The next two are
+    beside the time from the first token to the last, and beside nothing that can be measured."""
+    estimated_decode_s: float | None = None
+    estimated_damage_s: float | None = None
     kv_tokens: int = 0
     kv_bytes: int = 0
     kv_s: float = 0.0
@@ -77,6 +84,11 @@ class Journal:
             record.prefill_worker = placement.prefill
             record.decode_worker = placement.decode
             record.predicted_tokens = predicted_tokens
+            record.candidates = placement.candidates
+            if made := placement.estimate:
+                record.estimated_ttft_s = made.ttft_s
+                record.estimated_decode_s = made.decode_s
+                record.estimated_damage_s = made.damage_s
 
     def pulled(self, request_id: str, delta: Delta) -> None:
         """The decode worker's first delta says how the prompt's KV got there."""

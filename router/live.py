@@ -24,6 +24,15 @@ class Live:
     computes_on: str = ""
     """The worker that computes the prompt, and so many tokens of it its cache was to save."""
     predicted_tokens: int = 0
+    output_tokens: int = 0
+    """That the client has."""
+    counted_on: tuple[str, ...] = ()
+    """Workers whose accounts have it."""
+    kv_tokens_expected: int = 0
+    """That the decode worker keeps of it at its end, and now; the latter is 0 until it answers."""
+    kv_tokens: int = 0
+    kv_tokens_counted: int = 0
+    """Up to which the promise of blocks has been made good."""
 
 
 @dataclass(slots=True)

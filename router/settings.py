@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from router.ask import Reserve
+from router.core.placement import Disaggregate
 from workers.flags import FileToWrite, Port, Text
 
 _ADDRESS: Final = re.compile(r"tcp://[A-Za-z0-9._-]+:([0-9]{1,5})")
@@ -58,6 +59,9 @@ class RouterSettings(BaseSettings):
     )
     reserve: Reserve = Field(
         Reserve.AT_LAST_STEP, description="when the decode worker sets blocks aside for a prompt"
+    )
+    disaggregate: Disaggregate = Field(
+        Disaggregate.BY_ESTIMATE, description="when another worker computes the prompt"
     )
     curve_secret_file: Path | None = Field(
         None, description="its own secret key: encrypts the token channel"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from router.ask import Reserve
+from router.core.placement import Disaggregate
 from router.settings import RouterSettings
 from workers.api import Role
 from workers.flags import flag, read_settings, variable
@@ -56,6 +57,7 @@ ROUTER: dict[str, tuple[str, Any]] = {
     "address_file": ("/address.json", Path("/address.json")),
     "curve_secret_file": ("a", Path("a")),
     "reserve": ("at_prefill_done", Reserve.AT_PREFILL_DONE),
+    "disaggregate": ("always", Disaggregate.ALWAYS),
     "curve_workers_file": ("b", Path("b")),
 }
 KINDS: list[tuple[type[BaseSettings], dict[str, tuple[str, Any]]]] = [
