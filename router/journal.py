@@ -25,6 +25,8 @@ class Record(msgspec.Struct):
     started_at: float
     outcome: str = "running"
     error_code: str | None = None
+    waited_s: float = 0.0
+    """For a turn and for room, before anything was started."""
     attempts: int = 0
     prefill_worker: str | None = None
     """None when the decode worker computed the prompt itself."""
@@ -78,8 +80,12 @@ class Journal:
         if len(self._records) > RECORDS_MAX:
             self._records.popitem(last=False)
 
-    def placed(self, request_id: str, placement: Placement, predicted_tokens: int) -> None:
+    def placed(
+        self, request_id: str, placement: Placement, predicted_tokens: int, now: float
+    ) -> None:
         if record := self._records.get(request_id):
+            if not record.attempts:
+                record.waited_s = now - record.started_at
             record.attempts += 1
             record.prefill_worker = placement.prefill
             record.decode_worker = placement.decode

@@ -128,21 +128,20 @@ def costed(prompt: Prompt, w: WorkerView, cost_s: float) -> Costed:
 
 
 def senders(prompt: Prompt, workers: Iterable[WorkerView]) -> list[Costed]:
-    """`prefill`'s seconds in all for each that takes prompts: the same, for hundreds at once."""
+    """`prefill`'s seconds in all for each of these: the same, for hundreds at once."""
     total, cached_tokens = prompt.tokens, prompt.cached_tokens
     found = []
     for w in workers:
-        if w.computes:
-            cached = cached_tokens.get(w.id, 0)
-            tokens = total - cached or 1
-            rates, queued = w.rates, w.prefill_tokens_queued
-            chunk = rates.chunk_tokens
-            _, token_s, context_s, _, _ = rates.step.rates
-            chunks = -(-tokens // chunk)
-            context = chunks * cached + chunk * (chunks * (chunks - 1) // 2)
-            own_s = (tokens * token_s + context * context_s) * (1 + w.streams_held)
-            done_s = -(-(queued + tokens) // chunk) * w.step_s + queued * token_s
-            found.append(costed(prompt, w, done_s + own_s))
+        cached = cached_tokens.get(w.id, 0)
+        tokens = total - cached or 1
+        rates, queued = w.rates, w.prefill_tokens_queued
+        chunk = rates.chunk_tokens
+        _, token_s, context_s, _, _ = rates.step.rates
+        chunks = -(-tokens // chunk)
+        context = chunks * cached + chunk * (chunks * (chunks - 1) // 2)
+        own_s = (tokens * token_s + context * context_s) * (1 + w.streams_held)
+        done_s = -(-(queued + tokens) // chunk) * w.step_s + queued * token_s
+        found.append(costed(prompt, w, done_s + own_s))
     return found
 
 

@@ -54,6 +54,7 @@ class WorkerView:
     """What the worker says, other routers' included, and what it had not heard of then."""
     tokens_left: int = field(init=False, default=0)
     """Room in KV blocks that are free by its own word, less what is promised."""
+    tokens_total: int = field(init=False)
     step_s: float = field(init=False, default=0.0)
     """A step without prompt tokens, with the streams that it has."""
     queue_s: float = field(init=False, default=0.0)
@@ -67,6 +68,7 @@ class WorkerView:
         hello = self.hello
         self.id, self.tie = hello.worker_id, crc32(hello.worker_id.encode())
         self.family = "\0".join([hello.kv_digest, hello.model_digest, *hello.transports])
+        self.tokens_total = hello.blocks_total * hello.block_tokens
         self._weigh()
 
     # ------------------------------------------------------------ what changes it

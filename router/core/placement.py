@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from router.core import estimate
 from router.core.compat import can_hand_off
-from router.core.errors import NoWorkers
+from router.core.errors import NoCapacity, NoWorkers
 from router.core.estimate import GRAIN_S, Estimate, costed, mixed
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Policy(Protocol):
     ) -> Placement:
         """Workers in `avoid` (a former try failed there) are taken only when there is no other.
 
-        Raises `NoWorkers` when nobody can generate.
+        Raises `NoWorkers` when nobody can generate, `NoCapacity` when nobody has room now.
         """
 
 
@@ -97,36 +97,51 @@ def place(
 class EstimatePolicy:
     """The fewest seconds in all: the request's own, and those that others lose by it."""
 
-    def __init__(self, disaggregate: Disaggregate = Disaggregate.BY_ESTIMATE) -> None:
+    def __init__(
+        self, disaggregate: Disaggregate = Disaggregate.BY_ESTIMATE, prefill_s: float = inf
+    ) -> None:
+        """`prefill_s`: a worker with more seconds of prompts queued takes none."""
         self._always = disaggregate is Disaggregate.ALWAYS
+        self._prefill_s = prefill_s
 
     def place(
         self, prompt: Prompt, workers: Sequence[WorkerView], avoid: frozenset[str] = frozenset()
     ) -> Placement:
         for candidates in ([w for w in workers if w.id not in avoid] if avoid else (), workers):
-            if found := self._choose(prompt, candidates):
-                return found
+            if any(w.generates for w in candidates):
+                return self._choose(prompt, candidates)
         raise NoWorkers("decode", known=len(workers))
 
-    def _choose(self, prompt: Prompt, workers: Sequence[WorkerView]) -> Placement | None:
-        receivers = estimate.receivers(prompt, _with_room(prompt, workers))
-        senders = estimate.senders(prompt, workers)
+    def _choose(self, prompt: Prompt, workers: Sequence[WorkerView]) -> Placement:
+        roomy, most_s = _with_room(prompt, workers), self._prefill_s
+        receivers = estimate.receivers(prompt, roomy)
+        able = [w for w in workers if w.computes]
+        senders = estimate.senders(prompt, [w for w in able if w.queue_s <= most_s])
         options = _pairs(prompt, senders, receivers)
-        if not (options and self._always):
-            options += _singles(prompt, receivers)
+        if not self._always:
+            options += _singles(prompt, [r for r in receivers if r[1].queue_s <= most_s])
+        elif not options and len(senders) == len(able):  # None is busy: there is no pair at all.
+            options = _singles(prompt, receivers)
         if not options:
-            return None
+            raise NoCapacity(tokens=prompt.tokens)
         made, prefill, decode = min(options, key=lambda option: _order(prompt, option))
         looked_at = len(senders) + len(receivers)
         return Placement(prefill.id if prefill else None, decode.id, made, looked_at)
 
 
 def _with_room(prompt: Prompt, workers: Sequence[WorkerView]) -> list[WorkerView]:
-    """Who has KV blocks for all of it; where nobody has, whoever has the most."""
+    """Who generates and has KV blocks for all of it. Raises `NoCapacity`.
+
+    What is too large for each of them even when empty goes to any: it says so to the client.
+    """
     able = [w for w in workers if w.generates]
     most = prompt.tokens + prompt.output_tokens
     roomy = [w for w in able if w.tokens_left >= most or w.tokens_left >= prompt.kv_tokens(w)]
-    return roomy or nsmallest(KEPT, able, key=lambda w: (-w.tokens_left, w.id))
+    if roomy:
+        return roomy
+    if any(w.tokens_total >= prompt.kv_tokens(w) for w in able):
+        raise NoCapacity(tokens=prompt.kv_tokens(able[0]))
+    return able
 
 
 def _pairs(

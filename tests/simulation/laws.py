@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from router.core.caches import ASK_INTERVAL_S
+from router.core.placement import Disaggregate, EstimatePolicy
 from router.dispatch import Ask
 from tests.simulation.cluster import MENDS_S
 from tests.simulation.plan import Call, Departure
@@ -13,6 +14,10 @@ from workers.api import LOAD_INTERVAL_S, Role
 from workers.channel import QUEUE_MAX
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from router.core.fleet import WorkerView
+    from router.core.placement import Placement, Prompt
     from router.journal import Record
     from tests.simulation.clients import Request
     from tests.simulation.cluster import Cluster
@@ -21,7 +26,6 @@ if TYPE_CHECKING:
 LOST_S = 200.0
 """Of a hung engine a router is sure after a minute, three times in a row. Nobody who waits hears
 nothing of any request for so long."""
-CROWD_MAX = 500
 ATTEMPTS = 3
 """As docs/architecture.md has it."""
 RELEASED_S = 2.0
@@ -87,19 +91,37 @@ async def every_worker_is_used_again(cluster: Cluster) -> None:
             cluster.loop.time() + 2 * LOAD_INTERVAL_S
         )  # What others placed is told.
         idle = {h.name for h in cluster.live_workers}
-        crowd = 2 * len(roles)
-        while idle:
-            if crowd > CROWD_MAX:
-                raise Violation(f"{router.name} no longer uses {idle}")
-            idle -= await _used_by(cluster, router, crowd)
-            crowd *= 2
+        idle -= await _used_by(cluster, router, 2 * len(roles), "any")
+        # Whoever was not worth it is used too, when it is the only one.
+        policy = router.dispatch._policy
+        for name in sorted(idle):
+            router.dispatch._policy = _Only(name)
+            if name not in await _used_by(cluster, router, 1, name):
+                raise Violation(f"{router.name} no longer uses {name}")
+        router.dispatch._policy = policy
 
 
-async def _used_by(cluster: Cluster, router: RouterHost, crowd: int) -> set[str | None]:
-    """Whom so many requests at once were placed on: a slow worker's turn comes with the queue."""
+class _Only:
+    """Places on this worker, together with another where it can't serve alone."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def place(
+        self, prompt: Prompt, workers: Sequence[WorkerView], avoid: frozenset[str] = frozenset()
+    ) -> Placement:
+        alone = [w for w in workers if w.id == self._name and w.generates]
+        if alone:
+            return EstimatePolicy().place(prompt, alone)
+        some = [w for w in workers if w.id == self._name or (w.generates and not w.computes)]
+        return EstimatePolicy(Disaggregate.ALWAYS).place(prompt, some)
+
+
+async def _used_by(cluster: Cluster, router: RouterHost, crowd: int, name: str) -> set[str | None]:
+    """Whom so many requests at once were placed on."""
     now = cluster.loop.time()
     asks = [
-        Ask(f"{router.name}-probe-{crowd}.{n}", [7 + n % 1000, crowd] * 30, 8, relay=n % 2 == 0)
+        Ask(f"{router.name}-probe-{name}.{n}", [7 + n] * 60, 8, relay=n % 2 == 0)
         for n in range(crowd)
     ]
     for ask in asks:
@@ -197,6 +219,9 @@ async def nothing_is_kept(cluster: Cluster) -> None:
         if held or load.leases_open or load.busy or load.prefill_tokens_queued:
             raise Violation(f"{host.name} still holds {held} blocks: {load}")
     for router in cluster.live_routers:
+        queue = router.dispatch.door.queue
+        if queue or queue.tokens or queue._clocks or queue._blocked_since or queue._waiting:
+            raise Violation(f"{router.name} still queues {queue.tokens} tokens")
         # The second is nobody's business but the router's memory's.
         if len(router.dispatch) or router.dispatch._by_wire:
             raise Violation(f"{router.name} still holds {router.dispatch._by_wire}")

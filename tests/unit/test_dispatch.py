@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 def hello(worker_id: str, role: Role, kv: str = "kv", epoch: str = "1") -> WorkerHello:
     return WorkerHello(
         PROTOCOL, worker_id, epoch, role, "sim", "1", "m", "md", "td", kv, ["ucx"],
-        block_tokens=16, block_bytes=1024, blocks_total=100, max_model_len=1024, lease_s=30.0,
+        block_tokens=16, block_bytes=1024, blocks_total=10_000, max_model_len=1024, lease_s=30.0,
     )  # fmt: skip
 
 
 def load(queued: int = 0, *, draining: bool = False) -> Load:
-    return Load(1, False, 0, 0, queued, 100, 100, 0, draining)
+    return Load(1, False, 0, 0, queued, 10_000, 10_000, 0, draining)
 
 
 APART = EstimatePolicy(Disaggregate.ALWAYS)
