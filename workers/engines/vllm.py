@@ -207,6 +207,8 @@ class VllmEngine:
         began, self._step_began = self._step_began, time.perf_counter()
         work = (stats.kv_connector_stats or {}).get("step", ())
         self._step = Step(self._step_began - began, *work) if any(work) else None
+        if self._step is not None:
+            self._computed(self._step.prefill_tokens)
         if stats.kv_connector_stats:
             self._connector = {**self._connector, **stats.kv_connector_stats}
             self._changes += map(_change, stats.kv_connector_stats.get("cache", []))
@@ -214,6 +216,15 @@ class VllmEngine:
             for pull in stats.kv_connector_stats.get("pulls", []):
                 if (request_id := pull["request_id"]) in self._live:
                     self._pulled[request_id] = _merged(self._pulled.get(request_id), pull)
+
+    def _computed(self, tokens: int) -> None:
+        """Which prompts' they are is not told: vLLM takes them in the order in which they came."""
+        for request_id, queued in self._uncomputed.items():
+            took = min(queued, tokens)
+            self._uncomputed[request_id] = queued - took
+            tokens -= took
+            if not tokens:
+                return
 
     def _deltas(self, outputs: EngineCoreOutputs) -> list[Delta]:
         last_steps, self._last_steps = self._last_steps, []
