@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.request import RequestStatus
 
 from kvtransfer.core.manifest import chain
@@ -17,6 +18,7 @@ from kvtransfer.vllm_records import Computed, HandoffStats, StepPlan, StepReport
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockHashToBlockMap
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -266,8 +268,9 @@ class SchedulerHalf:
         """Taken before vLLM would publish them, and so with the very step that they are of."""
         if self._blocks is None:
             return []
-        events = self._blocks.take_events() or ()
-        return [told for event in events if (told := _told(event, self._block_tokens)) is not None]
+        events, pool = self._blocks.take_events() or (), self._blocks.block_pool
+        held, size = pool.cached_block_hash_to_block, self._block_tokens
+        return [told for event in events if (told := _told(event, size, held)) is not None]
 
     def _in_last_step(self, produced: _Produced) -> bool:
         """News: the present step, or the next, completes this prompt."""
@@ -315,12 +318,15 @@ def _tally(scheduled: SchedulerOutput) -> list[int]:
     return [prefill_tokens, prefill_context, decodes, context_tokens]
 
 
-def _told(event: Any, block_tokens: int) -> list[Any] | None:
+def _told(event: Any, block_tokens: int, held: BlockHashToBlockMap) -> list[Any] | None:
     """A change of the prefix cache as the worker's process reads it; None for what none can hit.
 
     Keys, first parent, tokens, salt and adapter of what is stored; keys of what is removed; `[]`
-    when all is gone. Blocks with an image in them are left out, and so what follows them: their
-    tokens do not say which image.
+    when all is gone. Blocks with an image or an embedding in them are left out, and so what follows
+    them: their tokens do not say which.
+
+    vLLM may have one block several times (it computes a prompt's last one again though it is there)
+    and tells of the end of each. What is still `held` after the step is not removed.
     """
     match event:
         case AllBlocksCleared():
@@ -328,10 +334,13 @@ def _told(event: Any, block_tokens: int) -> list[Any] | None:
         case _ if event.group_idx not in (None, 0):
             return None
         case BlockRemoved():
-            return [event.block_hashes]
-        case BlockStored() if event.block_size == block_tokens:
+            keys = event.block_hashes
+            gone = [k for k in keys if not held.get_one_block(make_block_hash_with_group_id(k, 0))]
+            return [gone] if gone else None
+        # Where blocks are skipped (sliding windows), tokens and hashes do not go together.
+        case BlockStored() if len(event.token_ids) == len(event.block_hashes) * block_tokens:
             extras = event.extra_keys or [None] * len(event.block_hashes)
-            plain = [not any(isinstance(e, tuple) for e in extra or ()) for extra in extras]
+            plain = [all(isinstance(e, str) for e in extra or ()) for extra in extras]
             count = plain.index(False) if False in plain else len(plain)
             names = [e for e in extras[0] or () if isinstance(e, str)]
             salts = names[1:] if event.lora_name else names

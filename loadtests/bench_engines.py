@@ -13,7 +13,7 @@ import aiohttp
 
 from deploy.local.aggregated import Aggregated
 from deploy.local.group import LocalGroup
-from loadtests.sse import stream
+from loadtests.sse import REST_S, stream
 from loadtests.table import print_table
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ async def _alone(
     found: dict[tuple[str, int], list[Any]] = {}
     for tokens, repeat in itertools.product(PROMPT_TOKENS, range(REPEATS)):
         for name, url in sides.items():
+            await asyncio.sleep(REST_S)
             done = await client.complete(url, tokens, OUTPUT_TOKENS)
             found.setdefault((name, tokens), []).append(done)
         if repeat == REPEATS - 1:
@@ -114,6 +115,7 @@ async def _crowded(
     """Streams under way when long prompts come in: what splitting the two is for."""
     figures: dict[str, Figures] = {}
     for name, url in sides.items():
+        await asyncio.sleep(REST_S)
         streams = [asyncio.create_task(client.complete(url, 64, 250)) for _ in range(STREAMS)]
         await asyncio.sleep(1.0)
         intruders = [await client.complete(url, PROMPT_TOKENS[-1], 1) for _ in range(INTRUDERS)]

@@ -26,7 +26,7 @@ import httpx
 from deploy.local.aggregated import Aggregated
 from deploy.local.group import LocalGroup
 from deploy.local.models import prepare
-from loadtests.sse import Stream, stream
+from loadtests.sse import REST_S, Stream, stream
 from loadtests.table import print_table
 
 PROMPT_TOKENS = (512, 1024, 2048)
@@ -118,6 +118,7 @@ async def _measure(model: str, sides: dict[str, str], repeats: int) -> Found:
             names = list(sides)
             names = names[repeat % len(names) :] + names[: repeat % len(names)]
             for name in names:
+                await asyncio.sleep(REST_S)
                 done = await client.complete(sides[name], tokens)
                 found.setdefault((name, tokens), []).append(done)
             if repeat == repeats - 1:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import aiohttp
 
+REST_S = 1.5
+"""Between two sides' turns: a vLLM worker goes on to spin for a second after its last step, on a
+core that the next side would need."""
 _DATA, _DONE = b"data: ", b"data: [DONE]"
 
 

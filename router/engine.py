@@ -305,11 +305,12 @@ class DisaggregatedEngine(EngineClient):  # type: ignore[misc]
 
 
 def _refuse_what_is_ours(params: SamplingParams) -> None:
-    if params.extra_args and "kv_transfer_params" in params.extra_args:
-        raise VLLMValidationError(
-            "kv_transfer_params is set by the router, not by clients",
-            parameter="kv_transfer_params",
-        )
+    """The second would have an engine tell of blocks again that it has told of."""
+    for name in ("kv_transfer_params", "kv_cache_report_mode"):
+        if params.extra_args and name in params.extra_args:
+            raise VLLMValidationError(
+                f"{name} is set by the router, not by clients", parameter=name
+            )
 
 
 def _children(parent: ParentRequest, request: EngineCoreRequest, n: int) -> list[EngineCoreRequest]:

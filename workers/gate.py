@@ -46,7 +46,11 @@ class Gate:
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
     def close(self) -> None:
+        if self._socket.closed:
+            return
         self._loop.remove_reader(self._descriptor)
+        # At once; closing is libzmq's own thread's, and until then questions would go unanswered.
+        self._socket.unbind(_ENDPOINT)
         self._socket.close()
 
     def _answer(self) -> None:

@@ -271,6 +271,27 @@ def test_what_the_cache_is_said_to_hold_it_holds_and_nothing_else(driver: Driver
     assert len(again) == len(view)
 
 
+def test_a_block_that_is_there_twice_is_gone_with_the_last(driver: Driver) -> None:
+    """vLLM computes a prompt's last block again, though it is there, and keeps both. The older is
+    evicted long before the newer, which can be found until then."""
+    size, room = driver.facts.block_tokens, driver.facts.blocks_total
+    view = CacheView("w", size, index := PrefixIndex())
+    prompt = prompt_of(2 * size, salt=40)
+
+    def fill(blocks: int, salt: int) -> None:
+        for n in range(blocks):
+            driver.ask(prompt_of(size, salt=salt + n), 1)
+
+    driver.ask(prompt, 1)
+    fill(room // 2, salt=100)
+    driver.ask(prompt, 1)
+    fill(room * 2 // 3, salt=200)
+    assert all(view.snapshot(part) for part in driver.mirror.snapshot())
+    longer = [*prompt, 7]
+    foretold = index.cached(links(longer, size)).get("w", 0) * size
+    assert driver.ask(longer, 1)[0].cached_tokens == foretold
+
+
 def test_an_ended_request_holds_no_kv(driver: Driver) -> None:
     driver.ask(prompt_of(50, salt=5), 3)
     driver.until(driver.all_free, "free blocks")

@@ -108,6 +108,7 @@ TEXTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "logprobs": 5000}, "logprobs"),
     ({"prompt": "x", "suffix": "y"}, "suffix"),
     ({"prompt": "x", "kv_transfer_params": {"tandem_produce": True}}, "kv_transfer_params"),
+    ({"prompt": "x", "vllm_xargs": {"kv_cache_report_mode": "full"}}, "kv_cache_report_mode"),
 ]
 
 

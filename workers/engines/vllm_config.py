@@ -20,6 +20,8 @@ _KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "mixed": "kv_bot
 def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) -> VllmConfig:
     """Parse the flags left over as vLLM's own; a bad one ends the process as argparse does."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Events with whole hashes: our connector looks them up in the cache that they are of.
+    os.environ["VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"] = "0"
     from vllm import AsyncEngineArgs
     from vllm.config import KVEventsConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -32,11 +34,11 @@ def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) 
         parser.error("--data-parallel-size: start one worker for each engine instead")
     if args.kv_connector != "none":
         engine_args.kv_transfer_config = _transfer(args, identity)
+    elif args.role != "mixed":
+        parser.error("--kv-connector none: only a mixed worker can do without a handoff")
     if args.kv_connector == "tandem":
         # Our connector takes them itself; nothing is published.
         engine_args.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
-    elif args.role != "mixed":
-        parser.error("--kv-connector none: only a mixed worker can do without a handoff")
     if args.role != "prefill":
         _whole_prompts_on_cpu(engine_args)
     return engine_args.create_engine_config()
