@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvtransfer.vllm_records import WorkerFacts
+
+
+STEPS_AHEAD_MAX = 8
+"""More than vLLM plans before the first of them is over."""
 
 
 @dataclass(slots=True)
@@ -75,6 +80,8 @@ class SchedulerHalf:
         self._pulls: list[Order] = []
         self._cancelled: list[str] = []
         self._failures: list[dict[str, Any]] = []
+        self._tallies: deque[list[int]] = deque(maxlen=STEPS_AHEAD_MAX)
+        """Of steps that were planned and are not over."""
 
     def open(self, facts: dict[int, WorkerFacts]) -> None:
         """The worker halves have registered their memory: receivers may come."""
@@ -207,6 +214,7 @@ class SchedulerHalf:
             idle=not scheduled.total_num_scheduled_tokens,
         )
         self._pulls, self._cancelled = [], []
+        self._tallies.append(_tally(scheduled))
         if self._sender is not None:
             plan.sent = [self._kept.pop(handle) for handle in self._sender.ended()]
         if self._produced:
@@ -283,6 +291,7 @@ class SchedulerHalf:
             {
                 "pulls": failures,
                 "last_steps": last_steps,
+                "step": self._tallies.popleft() if self._tallies else [],
                 "cache": self._cache_changes(),
                 "leases_open": sender.leases_open if sender else 0,
                 "leases_expired": sender.leases_expired_total if sender else 0,
@@ -292,6 +301,24 @@ class SchedulerHalf:
                 "transports": [r.transport for r in facts.regions] if facts else [],
             }
         )
+
+
+def _tally(scheduled: SchedulerOutput) -> list[int]:
+    """A step's work: `workers.api.Step` without the seconds."""
+    cached = scheduled.scheduled_cached_reqs
+    begun = {r.req_id: (r.num_computed_tokens, 0) for r in scheduled.scheduled_new_reqs}
+    ahead = zip(cached.num_computed_tokens, cached.num_output_tokens, strict=True)
+    begun |= dict(zip(cached.req_ids, ahead, strict=True))
+    prefill_tokens = prefill_context = decodes = context_tokens = 0
+    for request_id, tokens in scheduled.num_scheduled_tokens.items():
+        context, outputs = begun[request_id]
+        if tokens == 1 and outputs:
+            decodes += 1
+            context_tokens += context
+        else:
+            prefill_tokens += tokens
+            prefill_context += context
+    return [prefill_tokens, prefill_context, decodes, context_tokens]
 
 
 def _told(event: Any, block_tokens: int, held: BlockHashToBlockMap) -> list[Any] | None:

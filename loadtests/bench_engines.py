@@ -35,7 +35,9 @@ async def run(model: str, folder: str, say: Callable[[str], None]) -> dict[str, 
     with ExitStack() as stack:
         say("aggregated: one vLLM server, loading")
         aggregated = stack.enter_context(Aggregated(folder, served_as=model, flags=FLAGS))
-        group = stack.enter_context(LocalGroup(model, flags=FLAGS, progress=say))
+        group = stack.enter_context(
+            LocalGroup(model, flags=FLAGS, router_flags=["--disaggregate", "always"], progress=say)
+        )
         sides = {"aggregated": aggregated.url, "disaggregated": group.url}
         # Ids from the middle of the vocabulary; no two prompts share a block.
         prompts = _Prompts(random.Random(0))

@@ -35,6 +35,7 @@ CHUNK_TOKENS = 256
 FLAGS = [
     "--max-model-len", "4096", "--enforce-eager", "--max-num-batched-tokens", str(CHUNK_TOKENS),
 ]  # fmt: skip
+APART = ["--disaggregate", "always"]
 STREAMED, AT_ONCE, WHOLE = "streamed", "streamed, at dispatch", "whole"
 NIXL, AGGREGATED = "NixlConnector", "aggregated"
 HIDDEN_TARGET = 0.8
@@ -59,9 +60,11 @@ async def run(model: str, folder: str, repeats: int) -> dict[str, Any]:
     found: Found = {}
     with ExitStack() as stack:
         _say("loading: three engines")
-        ours = stack.enter_context(LocalGroup(model, flags=FLAGS, progress=_say))
-        at_once = ours.add_router("router-at-once", ["--reserve", "at_dispatch"])
-        whole = ours.add_router("router-whole", ["--reserve", "at_prefill_done"])
+        ours = stack.enter_context(
+            LocalGroup(model, flags=FLAGS, router_flags=APART, progress=_say)
+        )
+        at_once = ours.add_router("router-at-once", [*APART, "--reserve", "at_dispatch"])
+        whole = ours.add_router("router-whole", [*APART, "--reserve", "at_prefill_done"])
         one = stack.enter_context(Aggregated(folder, served_as=model, flags=FLAGS))
         sides = {
             STREAMED: ours.url, AT_ONCE: at_once.http, WHOLE: whole.http, AGGREGATED: one.url,
@@ -69,7 +72,7 @@ async def run(model: str, folder: str, repeats: int) -> dict[str, Any]:
         found |= await _measure(model, sides, repeats)
     _say("loading: two engines with NixlConnector")
     with LocalGroup(
-        model, flags=[*FLAGS, "--kv-connector", "nixl"], progress=_say
+        model, flags=[*FLAGS, "--kv-connector", "nixl"], router_flags=APART, progress=_say
     ) as theirs:  # fmt: skip
         found |= await _measure(model, {NIXL: theirs.url}, repeats)
     sides[NIXL] = theirs.url

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import uuid
+from math import inf
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -17,10 +18,12 @@ import uvloop
 import zmq
 
 from router.core.compat import RouterFacts
+from router.core.limits import Limits
+from router.core.placement import EstimatePolicy
 from router.dispatch import Dispatch
 from router.journal import Journal
 from router.link import Curve, Links
-from router.metrics import CacheMetrics, Metrics
+from router.metrics import CacheMetrics, Metrics, QueueMetrics
 from router.settings import RouterSettings
 from workers.addresses import write_addresses
 from workers.digests import model_digest, tokenizer_digest
@@ -79,6 +82,18 @@ def _curve(settings: RouterSettings) -> Curve | None:
     return Curve(zmq.curve_public(secret), secret, workers[0])
 
 
+def _limits(settings: RouterSettings) -> Limits:
+    return Limits(
+        queue_max=settings.queue_max,
+        queue_s=settings.queue_s,
+        prefill_s=settings.prefill_queue_s,
+        ttft_s=settings.ttft_objective_s or inf,
+        tenant_tokens_per_s=settings.tenant_tokens_per_s or inf,
+        tenant_burst_s=settings.tenant_burst_s,
+        shares=settings.tenant_shares or {},
+    )
+
+
 async def _serve(
     settings: RouterSettings,
     front: argparse.Namespace,
@@ -103,8 +118,13 @@ async def _serve(
         links.send(worker_id, message)
 
     journal = Journal(Metrics())
-    dispatch = Dispatch(send, engine, time.monotonic, journal, settings.reserve)
+    limits = _limits(settings)
+    policy = EstimatePolicy(settings.disaggregate, limits.prefill_s)
+    dispatch = Dispatch(
+        send, engine, time.monotonic, journal, settings.reserve, policy=policy, limits=limits
+    )
     CacheMetrics(dispatch.caches)
+    QueueMetrics(dispatch)
     engine.attach(dispatch)
     links = Links(settings.workers, facts, dispatch, curve)
     app = await build_front(engine, links, dispatch, front)

@@ -33,6 +33,10 @@ class Ask:
     """The prefill worker may sample the first token: what follows stays what it would be."""
     generated: int = 0
     """Tokens at the prompt's end that the client has already."""
+    tenant: str = ""
+    """Whom it is charged to."""
+    ttft_s: float | None = None
+    """Its objective; None for the router's own."""
     name: str = ""
     """What the client calls the request; for `explain`, several asks may share it."""
 

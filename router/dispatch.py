@@ -7,25 +7,27 @@ runs behind HTTP and in the simulator.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from router.accounts import Accounts
 from router.ask import Ask, Reserve
+from router.core import effects
 from router.core import lifecycle as life
 from router.core.caches import Caches, Foretold
 from router.core.compat import unpaired
-from router.core.errors import NoWorkers, Overloaded
+from router.core.errors import NoCapacity, NoWorkers, Overloaded
 from router.core.fleet import Fleet
-from router.core.placement import Prompt, place
+from router.core.placement import EstimatePolicy
+from router.door import Door
 from router.journal import Journal
-from router.live import Live, Step
+from router.live import Live, Step, generate, nobody_computed
 from workers.api import (
     Abort,
     Batch,
     Delta,
     Finish,
-    Generate,
     KvAsk,
     Phase,
     Release,
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from router.core.errors import RouterError
-    from router.core.placement import Placement
+    from router.core.limits import Limits
+    from router.core.placement import Placement, Policy, Prompt
+    from router.sink import Sink
     from workers.api import KvSnapshot, ToWorker, WorkerHello
 
 log = logging.getLogger(__name__)
@@ -46,17 +50,8 @@ REQUESTS_MAX = 20_000
 PREFILL_SUFFIX = "/p"
 STUCK_S = 600.0
 """A request without any progress for this long is failed."""
-
-
-class Sink(Protocol):
-    """Where tokens and failures go: the front, or the simulator's bookkeeping."""
-
-    def deliver(self, deltas: list[Delta], prompt_extras: dict[str, bytes]) -> None:
-        """Deltas of one engine step. `prompt_extras` has, by request id and only with the first
-        delta, what the prefill worker said of the prompt (`Delta.extras`). A first delta's
-        `cached_tokens` are those that no worker had to compute."""
-
-    def fail(self, request_id: str, error: RouterError) -> None: ...
+FORETOLD_S = 1.0
+"""What is known of a waiting prompt's cached tokens is looked up again after so long."""
 
 
 class Dispatch:
@@ -69,9 +64,15 @@ class Dispatch:
         clock: Callable[[], float],
         journal: Journal | None = None,
         reserve: Reserve = Reserve.AT_LAST_STEP,
+        *,
+        policy: Policy | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.fleet = Fleet()
         self.caches = Caches()
+        self.accounts = Accounts(self.fleet)
+        self.door = Door(self.fleet, limits)
+        self._policy = policy or EstimatePolicy(prefill_s=self.door.limits.prefill_s)
         self._reserve = reserve
         self.journal = journal or Journal()
         self._send = send
@@ -85,20 +86,34 @@ class Dispatch:
 
     # ------------------------------------------------------------ from the front
 
-    def check(self) -> None:
-        """Raise what `submit` would raise for lack of workers or room, before any work."""
+    def check(self, tenant: str = "") -> None:
+        """Raise what `submit` would raise whatever is asked, before any work."""
         if len(self._live) >= REQUESTS_MAX:
             raise Overloaded(live=len(self._live))
-        place(Prompt(tokens=1, output_tokens_max=1), list(self.fleet))
+        if not any(w.generates for w in self.fleet):
+            raise NoWorkers("decode", known=len(self.fleet))
+        self.door.check(tenant, self._clock())
 
     def submit(self, ask: Ask) -> None:
-        """Start a request. Raises NoWorkers or Overloaded; then nothing has been started."""
-        self.check()
+        """Start a request, or queue it. Raises a RouterError; then nothing has been started."""
+        self.check(ask.tenant)
         now = self._clock()
-        live = Live(ask, life.Placing(), progress_at=now)
+        live = Live(ask, life.Waiting(), progress_at=now)
+        prompt, crowded = self._prompt(live, now), bool(self.door.queue)
+        if not crowded and self.door.has_objective(ask):
+            self._check_objective(ask, prompt)
+        live.entry = self.door.enter(ask, prompt, now)
         self._live[ask.request_id] = live
         self.journal.start(ask.request_id, ask.name, len(ask.prompt_token_ids), now)
-        self._place(live, life.Place(), now)
+        self._pump(now, only_if_due=crowded)
+
+    def _check_objective(self, ask: Ask, prompt: Prompt) -> None:
+        try:
+            placement = self._policy.place(prompt, list(self.fleet))
+        except NoCapacity:
+            return  # How long it will wait, the queue will tell.
+        if late := self.door.late(ask, placement, waited_s=0.0):
+            raise self.door.counted(late)
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """The client is gone. Unknown ids are ignored."""
@@ -157,6 +172,7 @@ class Dispatch:
             self._on_delta(live, worker_id, delta, step)
         if step.deltas:
             self._sink.deliver(step.deltas, step.prompt_extras)
+        self._pump(now, only_if_due=True)
 
     def tick(self) -> None:
         """Give up dead workers and stuck requests. Call it about once a second."""
@@ -167,6 +183,30 @@ class Dispatch:
             self._send(worker_id, KvAsk())
         for live in [r for r in self._live.values() if now - r.progress_at > STUCK_S]:
             self._advance(live, life.Stuck(now - live.progress_at), now)
+        self._pump(now)
+
+    # ------------------------------------------------------------ the queue
+
+    def _pump(self, now: float, *, only_if_due: bool = False) -> None:
+        """Let in whoever there is room for, in their turn."""
+        if not self.door.queue or self.door.busy or (only_if_due and not self.door.due(now)):
+            return
+        for entry, error in self.door.expired(now):
+            self._refuse(self._live[entry.request_id], error, now)
+        for request_id in self.door.turns(now):
+            self._advance(self._live[request_id], life.Turn(), now)
+
+    def _refuse(self, live: Live, error: RouterError, now: float) -> None:
+        if live.entry is not None:
+            self.door.refuse(live.entry, error, now)
+        self._advance(live, life.Refused(error), now)
+
+    def _prompt(self, live: Live, now: float) -> Prompt:
+        if live.prompt is None or now - live.prompt_at > FORETOLD_S:
+            ask = live.ask
+            cached = self.caches.cached_tokens(ask.prompt_token_ids, ask.cache_salt, ask.lora_name)
+            live.prompt, live.prompt_at = self.accounts.prompt(ask, cached), now
+        return live.prompt
 
     # ------------------------------------------------------------ transitions
 
@@ -221,14 +261,14 @@ class Dispatch:
         request_id = live.ask.request_id
         if delta.cached_tokens is not None:
             self._judge(live, worker_id, delta)
-            cached_tokens = _cached_tokens(live.cached_tokens, delta)
+            cached_tokens = nobody_computed(live.cached_tokens, delta)
             delta = msgspec.structs.replace(delta, cached_tokens=cached_tokens)
             self.journal.pulled(request_id, delta)
         if live.prompt_extras is not None:
             step.prompt_extras[request_id] = live.prompt_extras
             live.prompt_extras = None
-        if view := self.fleet.get(worker_id):
-            view.unheard.pop(request_id, None)
+        self.accounts.said(live, worker_id, delta)
+        live.output_tokens += len(delta.token_ids)
         self.journal.tokens(request_id, len(delta.token_ids), live.progress_at)
         if delta.request_id != request_id:  # The wire's id has the try in it.
             delta = msgspec.structs.replace(delta, request_id=request_id)
@@ -255,52 +295,65 @@ class Dispatch:
 
     def _advance(self, live: Live, event: life.Event, now: float) -> None:
         before = live.state
-        live.state, effects = life.advance(before, event)
+        live.state, asked = life.advance(before, event)
         if type(live.state) is not type(before):
-            self._account(live)
-        for effect in effects:
+            self.accounts.settle(live)
+        for effect in asked:
             self._carry_out(live, effect, now)
         if isinstance(live.state, life.Ended):
             self._forget(live, live.state.outcome, now)
 
-    def _carry_out(self, live: Live, effect: life.Effect, now: float) -> None:
+    def _carry_out(self, live: Live, effect: effects.Effect, now: float) -> None:
         match effect:
-            case life.Deliver():
+            case effects.Deliver():
                 pass  # Gathered by `_on_delta`: the sink is told once a batch.
-            case life.Place():
+            case effects.Place():
                 if effect.after is not None:
-                    live.ask = live.ask.after(effect.after)
+                    live.ask, live.prompt = live.ask.after(effect.after), None
                 self._place(live, effect, now)
-            case life.SendPrefill(worker, ticket):
+            case effects.Enqueue():
+                assert live.entry is not None, "it came by the queue"
+                self._forget_wires(live)  # What a former try still says is nobody's now.
+                self.door.enter_again(live.entry, now)
+            case effects.SendPrefill(worker, ticket):
                 self._generate(live, worker, Phase.PREFILL, ticket)
-            case life.SendDecode(worker, ticket):
+            case effects.SendDecode(worker, ticket):
                 self._generate(live, worker, Phase.DECODE, ticket)
-            case life.SendBoth(worker):
+            case effects.SendBoth(worker):
                 self._generate(live, worker, Phase.BOTH, None)
-            case life.AbortOn(worker):
+            case effects.AbortOn(worker):
                 self._send(worker, Abort([live.wire_id, live.wire_id + PREFILL_SUFFIX]))
-            case life.ReleaseKV():
+            case effects.ReleaseKV():
                 self._release(effect)
-            case life.FailClient(error):
+            case effects.FailClient(error):
                 self.journal.failed(live.ask.request_id, error)
                 self._sink.fail(live.ask.request_id, error)
 
-    def _place(self, live: Live, effect: life.Place, now: float) -> None:
-        ask = live.ask
-        cached = self.caches.cached_tokens(ask.prompt_token_ids, ask.cache_salt, ask.lora_name)
-        prompt = Prompt(len(ask.prompt_token_ids), ask.max_tokens, cached)
+    def _place(self, live: Live, effect: effects.Place, now: float) -> None:
+        ask, prompt = live.ask, self._prompt(live, now)
         avoid = frozenset({effect.avoid} if effect.avoid else ())
-        event: life.Event
         try:
-            placement = place(prompt, list(self.fleet), avoid)
+            placement = self._policy.place(prompt, self.door.free_for(ask.request_id), avoid)
+        except NoCapacity:
+            self._advance(live, life.NoRoom(), now)
+            return
         except NoWorkers as error:
-            event = life.NotPlaced(error)
-        else:
-            live.computes_on = placement.prefill or placement.decode
-            live.predicted_tokens = cached.get(live.computes_on, 0)
-            self.journal.placed(ask.request_id, placement, live.predicted_tokens)
-            event = self._placed(live, placement)
-        self._advance(live, event, now)
+            self._advance(live, life.NotPlaced(error), now)
+            return
+        assert live.entry is not None, "it came by the queue"
+        waited_s = now - live.entry.arrived_at
+        late = self.door.late(ask, placement, waited_s)
+        if late and effect.avoid is None and not live.output_tokens:
+            self._refuse(live, late, now)
+            return
+        self.door.queue.grant(ask.request_id, now)
+        live.computes_on = placement.prefill or placement.decode
+        live.predicted_tokens = prompt.cached_tokens.get(live.computes_on, 0)
+        live.kv_tokens_expected = prompt.tokens + prompt.output_tokens
+        live.kv_tokens = live.kv_tokens_counted = 0
+        live.progress_at = now
+        self.journal.placed(ask.request_id, placement, live.predicted_tokens, now)
+        self._advance(live, self._placed(live, placement), now)
 
     def _placed(self, live: Live, placement: Placement) -> life.Placed:
         assert isinstance(live.state, life.Placing)
@@ -318,73 +371,24 @@ class Dispatch:
         return life.Placed(prefill.id, placement.decode, ticket, reserve)
 
     def _generate(self, live: Live, worker: str, phase: Phase, ticket: bytes | None) -> None:
-        ask = live.ask
         wire_id = live.wire_id + (PREFILL_SUFFIX if phase is Phase.PREFILL else "")
         self._by_wire[wire_id] = live
-        state = live.state
-        made = isinstance(state, life.Prefilling) and state.ticket is not None
         if view := self.fleet.get(worker):
             view.sent += 1
-        self._send(
-            worker,
-            Generate(
-                request_id=wire_id,
-                phase=phase,
-                prompt_token_ids=ask.prompt_token_ids,
-                max_tokens=ask.max_tokens,
-                params=ask.params,
-                ticket=ticket,
-                # Only a sender whose handle is known to both sides can hand the token on.
-                relay=ask.relay and made and phase is Phase.PREFILL,
-                generated=ask.generated,
-                cache_salt=ask.cache_salt,
-                lora_name=ask.lora_name,
-                priority=ask.priority,
-            ),
-        )
+        self._send(worker, generate(live, wire_id, phase, ticket))
 
     def _forget_wires(self, live: Live) -> None:
         self._by_wire.pop(live.wire_id, None)
         self._by_wire.pop(live.wire_id + PREFILL_SUFFIX, None)
 
-    def _release(self, effect: life.Effect) -> None:
-        assert isinstance(effect, life.ReleaseKV)
+    def _release(self, effect: effects.Effect) -> None:
+        assert isinstance(effect, effects.ReleaseKV)
         self._send(effect.worker, Release([effect.ticket]))
-
-    # ------------------------------------------------------------ accounts
-
-    def _account(self, live: Live) -> None:
-        """Count the request where it now is, and nowhere else."""
-        request_id, state = live.ask.request_id, live.state
-        prompt_tokens = len(live.ask.prompt_token_ids)
-        for each in self.fleet:
-            each.unheard.pop(request_id, None)
-            each.streams.discard(request_id)
-        if not isinstance(state, (life.Prefilling, life.Decoding)):
-            return
-        if decode := self.fleet.get(state.decode):
-            decode.streams.add(request_id)
-        computing = None
-        if isinstance(state, life.Prefilling):
-            computing = self.fleet.get(state.prefill)
-        elif state.prefill is None:
-            computing = decode
-        if computing:
-            computing.place(request_id, prompt_tokens - live.predicted_tokens)
 
     def _forget(self, live: Live, outcome: life.Outcome, now: float) -> None:
         if self._live.pop(live.ask.request_id, None) is not None:
             self._forget_wires(live)
+            self.door.queue.remove(live.ask.request_id, now)
+            if outcome is life.Outcome.FINISHED:
+                self.accounts.finished(live.output_tokens)
             self.journal.end(live.ask.request_id, outcome, now)
-
-
-def _cached_tokens(prefill: int | None, delta: Delta) -> int:
-    """Prompt tokens that nobody computed. `prefill`: of the prefill worker, None without one.
-
-    With a pull, the decode worker's own cache saved bytes and no computing.
-    """
-    own = delta.cached_tokens or 0
-    if prefill is None:
-        return own
-    # A pull that failed: both computed the prompt, each after the prefix that its cache held.
-    return prefill if delta.kv_failed is None else min(prefill, own)

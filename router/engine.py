@@ -21,6 +21,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import PrefillStats
 
 from router.ask import Ask
+from router.asker import asker
 from router.core.errors import RequestInvalid, RouterError
 from router.plain import PlainStreams
 from workers.api import Delta, Finish
@@ -96,7 +97,7 @@ class DisaggregatedEngine(EngineClient):  # type: ignore[misc]
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Raise `Refusal` before a response is begun; a stream could no longer say 503."""
         try:
-            self.dispatch.check()
+            self.dispatch.check(asker.get().tenant)
         except RouterError as error:
             raise Refusal(error) from error
 
@@ -324,6 +325,7 @@ def _children(parent: ParentRequest, request: EngineCoreRequest, n: int) -> list
 def _ask(request: EngineCoreRequest) -> Ask:
     params = cast(SamplingParams, request.sampling_params)
     lora: Any = request.lora_request
+    who = asker.get()
     return Ask(
         request_id=request.request_id,
         prompt_token_ids=cast("list[int]", request.prompt_token_ids),
@@ -334,6 +336,8 @@ def _ask(request: EngineCoreRequest) -> Ask:
         priority=request.priority,
         relay=may_relay(params),
         name=request.external_req_id or "",
+        tenant=who.tenant,
+        ttft_s=who.ttft_s,
     )
 
 

@@ -19,6 +19,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from router.asker import AskerMiddleware
 from router.core.conversation import roles_in, trouble
 from router.core.errors import RouterError
 from router.engine import Broken, Refusal
@@ -77,6 +78,7 @@ async def build_front(
     # `build_app` has built the stack already, with the handlers of then; the next request builds
     # it again.
     app.middleware_stack = None
+    app.add_middleware(AskerMiddleware)
     app.dependency_overrides[validate_json_request] = _check_json
     _add_routes(app, links, dispatch)
     return app

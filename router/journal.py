@@ -25,6 +25,8 @@ class Record(msgspec.Struct):
     started_at: float
     outcome: str = "running"
     error_code: str | None = None
+    waited_s: float = 0.0
+    """For a turn and for room, before anything was started."""
     attempts: int = 0
     prefill_worker: str | None = None
     """None when the decode worker computed the prompt itself."""
@@ -34,6 +36,13 @@ class Record(msgspec.Struct):
     one worker did both, its own. The client's usage says the same."""
     predicted_tokens: int = 0
     """What the index said of `cached_tokens` when it was placed."""
+    candidates: int = 0
+    """Workers that placement looked at."""
+    estimated_ttft_s: float | None = None
+    """At placement, from then on; beside `ttft_s`, which is from the start. The next two are
+    beside the time from the first token to the last, and beside nothing that can be measured."""
+    estimated_decode_s: float | None = None
+    estimated_damage_s: float | None = None
     kv_tokens: int = 0
     kv_bytes: int = 0
     kv_s: float = 0.0
@@ -71,12 +80,21 @@ class Journal:
         if len(self._records) > RECORDS_MAX:
             self._records.popitem(last=False)
 
-    def placed(self, request_id: str, placement: Placement, predicted_tokens: int) -> None:
+    def placed(
+        self, request_id: str, placement: Placement, predicted_tokens: int, now: float
+    ) -> None:
         if record := self._records.get(request_id):
+            if not record.attempts:
+                record.waited_s = now - record.started_at
             record.attempts += 1
             record.prefill_worker = placement.prefill
             record.decode_worker = placement.decode
             record.predicted_tokens = predicted_tokens
+            record.candidates = placement.candidates
+            if made := placement.estimate:
+                record.estimated_ttft_s = made.ttft_s
+                record.estimated_decode_s = made.decode_s
+                record.estimated_damage_s = made.damage_s
 
     def pulled(self, request_id: str, delta: Delta) -> None:
         """The decode worker's first delta says how the prompt's KV got there."""

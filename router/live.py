@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from router.core import lifecycle as life
+from workers.api import Generate, Phase
+
 if TYPE_CHECKING:
     from router.ask import Ask
-    from router.core import lifecycle as life
+    from router.core.admission import Entry
+    from router.core.placement import Prompt
     from workers.api import Delta
 
 
@@ -24,6 +28,20 @@ class Live:
     computes_on: str = ""
     """The worker that computes the prompt, and so many tokens of it its cache was to save."""
     predicted_tokens: int = 0
+    output_tokens: int = 0
+    """That the client has."""
+    entry: Entry | None = None
+    """Its place in the queue; kept for another try."""
+    prompt: Prompt | None = None
+    """As placement was last told, and when that was put together."""
+    prompt_at: float = 0.0
+    counted_on: tuple[str, ...] = ()
+    """Workers whose accounts have it."""
+    kv_tokens_expected: int = 0
+    """That the decode worker keeps of it at its end, and now; the latter is 0 until it answers."""
+    kv_tokens: int = 0
+    kv_tokens_counted: int = 0
+    """Up to which the promise of blocks has been made good."""
 
 
 @dataclass(slots=True)
@@ -32,3 +50,35 @@ class Step:
 
     deltas: list[Delta] = field(default_factory=list)
     prompt_extras: dict[str, bytes] = field(default_factory=dict)
+
+
+def generate(live: Live, wire_id: str, phase: Phase, ticket: bytes | None) -> Generate:
+    """What a worker is asked for this phase of it."""
+    ask, state = live.ask, live.state
+    made = isinstance(state, life.Prefilling) and state.ticket is not None
+    return Generate(
+        request_id=wire_id,
+        phase=phase,
+        prompt_token_ids=ask.prompt_token_ids,
+        max_tokens=ask.max_tokens,
+        params=ask.params,
+        ticket=ticket,
+        # Only a sender whose handle is known to both sides can hand the token on.
+        relay=ask.relay and made and phase is Phase.PREFILL,
+        generated=ask.generated,
+        cache_salt=ask.cache_salt,
+        lora_name=ask.lora_name,
+        priority=ask.priority,
+    )
+
+
+def nobody_computed(prefill: int | None, delta: Delta) -> int:
+    """Prompt tokens that nobody computed. `prefill`: of the prefill worker, None without one.
+
+    With a pull, the decode worker's own cache saved bytes and no computing.
+    """
+    own = delta.cached_tokens or 0
+    if prefill is None:
+        return own
+    # A pull that failed: both computed the prompt, each after the prefix that its cache held.
+    return prefill if delta.kv_failed is None else min(prefill, own)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
     from router.core.caches import Caches
+    from router.dispatch import Dispatch
     from router.journal import Record
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -34,6 +35,9 @@ class Metrics:
         self._ttft = Histogram(
             "tandem_router_ttft_seconds", "Time to first token", buckets=_SECONDS
         )
+        self._waited = Histogram(
+            "tandem_router_queue_wait_seconds", "Waited for room", buckets=_SECONDS
+        )
         self._gap = Histogram("tandem_router_itl_seconds", "Time between tokens", buckets=_GAPS)
 
     def token_gap(self, seconds: float) -> None:
@@ -47,6 +51,8 @@ class Metrics:
         self._kv_bytes.inc(record.kv_bytes)
         if record.kv_failed is not None:
             self._kv_failed.inc()
+        if record.attempts:
+            self._waited.observe(record.waited_s)
         if record.ttft_s is not None:
             self._ttft.observe(record.ttft_s)
 
@@ -75,3 +81,35 @@ class CacheMetrics:
             ("tandem_router_mispredicted_tokens_total", "Difference", c.error_tokens_total),
         ):
             yield CounterMetricFamily(name, text, value)
+
+
+class QueueMetrics:
+    """Who waits, who was refused, and what is promised, read when it is asked for."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        self._dispatch = dispatch
+        REGISTRY.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        door, fleet = self._dispatch.door, list(self._dispatch.fleet)
+        for name, text, value in (
+            ("tandem_router_queue_requests", "Requests that wait", len(door.queue)),
+            ("tandem_router_queue_tokens", "Their tokens", door.queue.tokens),
+            (
+                "tandem_router_prefill_tokens_queued",
+                "Prompt tokens queued on workers",
+                sum(w.prefill_tokens_queued for w in fleet),
+            ),
+            (
+                "tandem_router_promised_blocks",
+                "KV blocks that requests are yet to take",
+                sum(sum(w.promised.values()) for w in fleet),
+            ),
+        ):
+            yield GaugeMetricFamily(name, text, value)
+        refused = CounterMetricFamily(
+            "tandem_router_refused_total", "Requests refused before any work", labels=["error"]
+        )
+        for code, count in door.refused.items():
+            refused.add_metric([code], count)
+        yield refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -10,7 +11,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from router.ask import Reserve
-from workers.flags import FileToWrite, Port, Text
+from router.core.placement import Disaggregate
+from workers.flags import FileToWrite, Port, Seconds, Text
 
 _ADDRESS: Final = re.compile(r"tcp://[A-Za-z0-9._-]+:([0-9]{1,5})")
 
@@ -44,6 +46,23 @@ Addresses = Annotated[
 ]
 
 
+def _shares(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    shares: dict[str, float] = {}
+    for part in _split(value):
+        name, _, share = part.rpartition("=")
+        if not name or name in shares or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", share):
+            raise ValueError("want name=share, each name once, with commas between")
+        if not float(share):
+            raise ValueError(f"the share of {name} is not above zero")
+        shares[name] = float(share)
+    return shares
+
+
+Shares = Annotated[Mapping[str, float], NoDecode, BeforeValidator(_shares)]
+
+
 class RouterSettings(BaseSettings):
     """Built once, in `__main__`; docs/settings.md has them all."""
 
@@ -58,6 +77,24 @@ class RouterSettings(BaseSettings):
     )
     reserve: Reserve = Field(
         Reserve.AT_LAST_STEP, description="when the decode worker sets blocks aside for a prompt"
+    )
+    disaggregate: Disaggregate = Field(
+        Disaggregate.BY_ESTIMATE, description="when another worker computes the prompt"
+    )
+    queue_max: int = Field(10_000, gt=0, description="most requests that wait for room")
+    queue_s: Seconds = Field(300, description="longest that one waits")
+    prefill_queue_s: Seconds = Field(
+        30, description="seconds of prompts queued on a worker that gets no more"
+    )
+    ttft_objective_s: float | None = Field(
+        None, gt=0, description="what can't have its first token by then is refused"
+    )
+    tenant_tokens_per_s: float | None = Field(
+        None, gt=0, description="most prompt and output tokens of one tenant"
+    )
+    tenant_burst_s: Seconds = Field(10, description="seconds of that rate which may come at once")
+    tenant_shares: Shares | None = Field(
+        None, description="of the queue, name=share with commas between; others 1"
     )
     curve_secret_file: Path | None = Field(
         None, description="its own secret key: encrypts the token channel"

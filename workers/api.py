@@ -222,6 +222,21 @@ class Delta(_Message, frozen=True):
     """Of a prefill, with nothing else: the step that completes the prompt has begun, or is next."""
 
 
+class Step(_Message, frozen=True):
+    """What one engine step computed, and how long it took: routers learn its rates from it."""
+
+    seconds: float
+    prefill_tokens: int = 0
+    """Prompt tokens, and those computed again after a preemption."""
+    prefill_context: int = 0
+    """Summed over its chunks of prompts: the tokens that were there before, which each attends
+    to."""
+    decodes: int = 0
+    """Sequences that generated."""
+    context_tokens: int = 0
+    """Summed over those: the tokens that were there before."""
+
+
 class Load(_Message, frozen=True):
     """What the worker holds at the end of a step."""
 
@@ -240,6 +255,8 @@ class Load(_Message, frozen=True):
     draining: bool = False
     leases_expired: int = 0
     """Since the start: finished prefills that nobody fetched or released in time."""
+    step: Step | None = None
+    """Of `steps`, the last one; None when it computed nothing, or its time is not known."""
 
 
 class KvStored(_Message, frozen=True):

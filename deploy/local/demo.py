@@ -25,7 +25,10 @@ def main() -> int:
         print(line, file=sys.stderr, flush=True)
 
     try:
-        with LocalGroup(args.model, flags=["--max-model-len", "2048"], progress=say) as group:
+        # It shows the handoff, however cheap it would be to do without.
+        apart = ["--disaggregate", "always"]
+        flags = ["--max-model-len", "2048"]
+        with LocalGroup(args.model, flags=flags, router_flags=apart, progress=say) as group:
             print(f"\n> {QUESTION}")
             name = ask(group.url, args.model)
             record = httpx.get(f"{group.url}/tandem/requests/{name}").json()[0]

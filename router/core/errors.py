@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from math import ceil
+from typing import ClassVar, Final
+
+RETRY_AFTER_S_MAX: Final = 3600
 
 
 class RouterError(Exception):
@@ -15,7 +18,7 @@ class RouterError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
-    retry_after_s: ClassVar[int] = 1
+    retry_after_s: int = 1
 
 
 class NoWorkers(RouterError):
@@ -70,3 +73,61 @@ class TimedOut(RouterError):
 
     def __init__(self, *, waited_s: float) -> None:
         super().__init__(f"no progress in {waited_s:.0f} s")
+
+
+class _Refused(RouterError):
+    """Nothing has been started; when to try again was computed."""
+
+    retryable = True
+
+    def __init__(self, message: str, *, retry_s: float) -> None:
+        self.retry_after_s = min(RETRY_AFTER_S_MAX, max(1, ceil(retry_s)))
+        super().__init__(f"{message}; try again in {self.retry_after_s} s")
+
+
+class NoCapacity(_Refused):
+    """Workers are there, and none has room for it now: it waits."""
+
+    status, code = 503, "no_capacity"
+
+    def __init__(self, *, tokens: int) -> None:
+        super().__init__(f"no worker has room for {tokens} tokens now", retry_s=1)
+
+
+class QueueFull(_Refused):
+    """As many requests wait as may."""
+
+    status, code = 503, "queue_full"
+
+    def __init__(self, *, waiting: int, retry_s: float) -> None:
+        super().__init__(f"{waiting} requests wait already", retry_s=retry_s)
+
+
+class WaitedTooLong(_Refused):
+    """Its turn did not come in time."""
+
+    status, code = 503, "queue_timeout"
+
+    def __init__(self, *, waited_s: float, retry_s: float) -> None:
+        super().__init__(f"no worker had room in {waited_s:.0f} s", retry_s=retry_s)
+
+
+class ObjectiveOutOfReach(_Refused):
+    """Its first token would come later than it is of use."""
+
+    status, code = 503, "objective_out_of_reach"
+
+    def __init__(self, *, expected_s: float, objective_s: float) -> None:
+        super().__init__(
+            f"the first token would take {expected_s:.2f} s, the objective is {objective_s:.2f} s",
+            retry_s=expected_s - objective_s,
+        )
+
+
+class TenantOverRate(_Refused):
+    """The tenant has had its tokens for now."""
+
+    status, code = 429, "tenant_over_rate"
+
+    def __init__(self, *, retry_s: float) -> None:
+        super().__init__("this tenant is over its token rate", retry_s=retry_s)

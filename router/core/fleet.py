@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from zlib import crc32
 
-from workers.api import ACCEPTS, SILENCE_S, Load, Phase
+from router.core.rates import Rates
+from workers.api import ACCEPTS, SILENCE_S, Load, Phase, Role
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,40 +21,111 @@ step: a GPU's chunk takes a second at most, a CPU's 8,192-token chunk some ten."
 
 @dataclass(slots=True)
 class WorkerView:
-    """One worker as the router knows it."""
+    """One worker as the router knows it.
+
+    What placement asks of every worker for every request is worked out when it changes (`_weigh`),
+    and not when it is asked.
+    """
 
     hello: WorkerHello
     load: Load
     heard_at: float
     stepped_at: float
     """When `load.steps` last moved, or the worker was last idle."""
+    rates: Rates = field(default_factory=Rates)
     sent: int = 0
     """`Generate`s that this router has sent here."""
     unheard: dict[str, tuple[int, int]] = field(default_factory=dict)
     """By request that is to be computed here and that `load` does not know of yet: which of `sent`
     it is, and its uncached prompt tokens."""
-    streams: set[str] = field(default_factory=set)
-    """Requests of this router that decode here or will."""
+    promised: dict[str, int] = field(default_factory=dict)
+    """By request of this router that decodes here or will: KV blocks that it is yet to take."""
+    id: str = field(init=False)
+    family: str = field(init=False)
+    """Layout, model and transports: those of one family can hand off to the same workers."""
+    tie: int = field(init=False)
+    """Of the id: in what order equals are taken, which differs from request to request."""
+    computes: bool = field(init=False, default=False)
+    """Takes prompts now, for others to go on from; `generates`: goes on, or does it all."""
+    generates: bool = field(init=False, default=False)
+    streams_held: int = field(init=False, default=0)
+    """Sequences that decode here or are about to, other routers' included."""
+    prefill_tokens_queued: int = field(init=False, default=0)
+    """What the worker says, other routers' included, and what it had not heard of then."""
+    tokens_left: int = field(init=False, default=0)
+    """Room in KV blocks that are free by its own word, less what is promised."""
+    tokens_total: int = field(init=False)
+    step_s: float = field(init=False, default=0.0)
+    """A step without prompt tokens, with the streams that it has."""
+    queue_s: float = field(init=False, default=0.0)
+    """Until all that is queued is computed."""
+    pull_token_s: float = field(init=False, default=0.0)
+    """To read one token's KV from another."""
+    _unheard_tokens: int = 0
+    _promised_blocks: int = 0
 
-    @property
-    def id(self) -> str:
-        return self.hello.worker_id
+    def __post_init__(self) -> None:
+        hello = self.hello
+        self.id, self.tie = hello.worker_id, crc32(hello.worker_id.encode())
+        self.family = "\0".join([hello.kv_digest, hello.model_digest, *hello.transports])
+        self.tokens_total = hello.blocks_total * hello.block_tokens
+        self._weigh()
 
-    def accepts(self, phase: Phase) -> bool:
-        return phase in ACCEPTS[self.hello.role] and not self.load.draining
+    # ------------------------------------------------------------ what changes it
 
-    @property
-    def prefill_tokens_queued(self) -> int:
-        """What the worker says, other routers' included, and what it had not heard of then."""
-        return self.load.prefill_tokens_queued + sum(tokens for _, tokens in self.unheard.values())
+    def report(self, load: Load, heard: int, now: float) -> None:
+        """What the worker said, with how many of our `Generate`s it accounts for."""
+        if load.steps != self.load.steps or not load.busy:
+            self.stepped_at = now
+        if load.step is not None and load.steps != self.load.steps:
+            self.rates.stepped(load.step, prefill_left=load.prefill_tokens_queued > 0)
+        self.load = load
+        self.heard_at = now
+        if self.unheard:
+            for request_id in [r for r, (number, _) in self.unheard.items() if number <= heard]:
+                self._unheard_tokens -= self.unheard.pop(request_id)[1]
+        self._weigh()
 
     def place(self, request_id: str, prompt_tokens: int) -> None:
         """The next `Generate` sent here is this one; the worker computes so much of it."""
+        self.answered(request_id)
         self.unheard[request_id] = self.sent + 1, prompt_tokens
+        self._unheard_tokens += prompt_tokens
+        self._weigh()
 
-    @property
-    def streams_held(self) -> int:
-        return max(self.load.running + self.load.waiting, len(self.streams))
+    def answered(self, request_id: str) -> None:
+        """It is computed, or gone."""
+        if found := self.unheard.pop(request_id, None):
+            self._unheard_tokens -= found[1]
+            self._weigh()
+
+    def promise(self, request_id: str, blocks: int) -> None:
+        """This request is yet to take so many KV blocks: none, and it still decodes here."""
+        self._promised_blocks += blocks - self.promised.get(request_id, 0)
+        self.promised[request_id] = blocks
+        self._weigh()
+
+    def leave(self, request_id: str) -> None:
+        """It is no more on this worker."""
+        self.answered(request_id)
+        if (blocks := self.promised.pop(request_id, None)) is not None:
+            self._promised_blocks -= blocks
+            self._weigh()
+
+    def _weigh(self) -> None:
+        hello, load, rates = self.hello, self.load, self.rates
+        accepts = () if load.draining else ACCEPTS[hello.role]
+        self.computes, self.generates = Phase.PREFILL in accepts, Phase.DECODE in accepts
+        base, token_s, _, stream_s, context_s = rates.step.rates
+        streams = 0
+        if hello.role is not Role.PREFILL:
+            streams = max(load.running + load.waiting, len(self.promised))
+        self.streams_held = streams
+        self.tokens_left = (load.blocks_free - self._promised_blocks) * hello.block_tokens
+        self.pull_token_s = rates.pull.rates[1] * hello.block_bytes / hello.block_tokens
+        self.step_s = base + streams * (stream_s + context_s * rates.context_tokens)
+        queued = self.prefill_tokens_queued = load.prefill_tokens_queued + self._unheard_tokens
+        self.queue_s = -(-queued // rates.chunk_tokens) * self.step_s + queued * token_s
 
 
 class Fleet:
@@ -73,20 +146,13 @@ class Fleet:
     def join(self, hello: WorkerHello, now: float) -> None:
         """A worker is ready. One that joins again under a new epoch starts from nothing."""
         load = Load(0, False, 0, 0, 0, hello.blocks_total, hello.blocks_total, 0)
-        self._views[hello.worker_id] = WorkerView(hello, load, heard_at=now, stepped_at=now)
+        rates = Rates([w.rates for w in self if w.hello.role is hello.role])
+        self._views[hello.worker_id] = WorkerView(hello, load, now, now, rates)
 
     def report(self, worker_id: str, load: Load, heard: int, now: float) -> None:
-        """A worker's load arrived, with how many of our `Generate`s it accounts for.
-
-        Of an unknown worker it is ignored: it was lost meanwhile.
-        """
+        """A worker's load arrived. Of an unknown worker it is ignored: it was lost meanwhile."""
         if view := self._views.get(worker_id):
-            if load.steps != view.load.steps or not load.busy:
-                view.stepped_at = now
-            view.load = load
-            if view.unheard:
-                view.unheard = {r: p for r, p in view.unheard.items() if p[0] > heard}
-            view.heard_at = now
+            view.report(load, heard, now)
 
     def remove(self, worker_id: str) -> None:
         self._views.pop(worker_id, None)

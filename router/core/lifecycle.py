@@ -1,9 +1,11 @@
 """A request's life as (state, event) -> (state, effects); the shell carries effects out.
 
-    Placing -> Prefilling -> Decoding -> Ended
-       |            |            ^
-       +--- one worker does both-+      any failure before the decode worker's first token
-                                        -> Placing again
+    Waiting -> Placing -> Prefilling -> Decoding -> Ended
+       ^          |  |         |            ^
+       +-no room--+  +-- one worker does both      any failure before the decode worker's first
+                                                   token -> Placing again
+
+Only `Waiting` is anything that no worker knows of; what is refused is refused there.
 
 While `Prefilling`, the decode worker may have been asked already (`reserved`): it has set blocks
 aside and reads what is computed. The prefill worker may say the first token itself (`relayed`); the
@@ -19,8 +21,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from router.core.effects import (
+    AbortOn,
+    Deliver,
+    Effect,
+    Enqueue,
+    FailClient,
+    Place,
+    ReleaseKV,
+    SendBoth,
+    SendDecode,
+    SendPrefill,
+)
 from router.core.errors import (
-    NoWorkers,
     RequestInvalid,
     RouterError,
     TimedOut,
@@ -41,8 +54,17 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """In the queue, until it is its turn and there is room."""
+
+    attempt: int = 1
+    avoid: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Placing:
     attempt: int = 1
+    avoid: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +107,26 @@ class Ended:
     outcome: Outcome
 
 
-State = Placing | Prefilling | Decoding | Ended
+State = Waiting | Placing | Prefilling | Decoding | Ended
 
 # ------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """It is this request's."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoom:
+    """Workers are there, and none has room for it now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """It may wait no longer, or to no avail."""
+
+    error: RouterError
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +141,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class NotPlaced:
-    error: NoWorkers
+    error: RouterError
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,61 +201,10 @@ class Stuck:
 
 
 Event = (
-    Placed | NotPlaced | LastStep | PrefillDone | PrefillWasAll | Tokens
+    Turn | NoRoom | Refused | Placed | NotPlaced | LastStep | PrefillDone | PrefillWasAll | Tokens
     | Failed | Lost | ClientGone | Enough | Stuck
 )  # fmt: skip
 
-# ------------------------------------------------------------------------- effects
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Find workers again, rather not `avoid`; answer with `Placed` or `NotPlaced`."""
-
-    avoid: str | None = None
-    after: int | None = None
-    """A token that the client has, and that is part of the prompt from now on."""
-
-
-@dataclass(frozen=True, slots=True)
-class SendPrefill:
-    worker: str
-    ticket: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class SendDecode:
-    worker: str
-    ticket: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SendBoth:
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class AbortOn:
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseKV:
-    worker: str
-    ticket: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """Hand the delta that caused this to the client."""
-
-
-@dataclass(frozen=True, slots=True)
-class FailClient:
-    error: RouterError
-
-
-Effect = Place | SendPrefill | SendDecode | SendBoth | AbortOn | ReleaseKV | Deliver | FailClient
 Step = tuple[State, tuple[Effect, ...]]
 
 _DELIVER = (Deliver(),)
@@ -230,6 +218,8 @@ def advance(state: State, event: Event) -> Step:
         return _prefilling(state, event)
     if isinstance(state, Placing):
         return _placing(state, event)
+    if isinstance(state, Waiting):
+        return _waiting(state, event)
     return state, ()  # What comes after the end changes nothing.
 
 
@@ -248,8 +238,25 @@ def unsaid(state: State, token_ids: list[int]) -> list[int] | None:
     return token_ids[1:] if token_ids[0] == state.relayed else None
 
 
+def _waiting(state: Waiting, event: Event) -> Step:
+    match event:
+        case Turn():
+            return Placing(state.attempt, state.avoid), (Place(state.avoid),)
+        case Refused(error):
+            return Ended(Outcome.FAILED), (FailClient(error),)
+        case ClientGone() | Enough():
+            return Ended(Outcome.CANCELLED), ()
+        case Stuck(waited_s):
+            return Ended(Outcome.FAILED), (FailClient(TimedOut(waited_s=waited_s)),)
+        case Lost():
+            return state, ()
+    raise AssertionError(f"{event} while {state}")
+
+
 def _placing(state: Placing, event: Event) -> Step:
     match event:
+        case NoRoom():
+            return Waiting(state.attempt, state.avoid), (Enqueue(),)
         case Placed(prefill=None, decode=decode):
             return Decoding(decode, state.attempt), (SendBoth(decode),)
         case Placed(str(prefill), decode, ticket, reserve):
@@ -257,7 +264,7 @@ def _placing(state: Placing, event: Event) -> Step:
             if reserve and ticket is not None:
                 return after, (SendDecode(decode, ticket), SendPrefill(prefill, ticket))
             return after, (SendPrefill(prefill, ticket),)
-        case NotPlaced(error):
+        case NotPlaced(error) | Refused(error):
             return Ended(Outcome.FAILED), (FailClient(error),)
         case ClientGone() | Enough():
             return Ended(Outcome.CANCELLED), ()
@@ -356,7 +363,7 @@ def _told(state: Decoding, count: int) -> Decoding:
 def _again(attempt: int, avoid: str, error: RouterError, after: int | None = None) -> Step:
     if isinstance(error, RequestInvalid) or attempt >= ATTEMPTS_MAX:
         return Ended(Outcome.FAILED), (FailClient(error),)
-    return Placing(attempt + 1), (Place(avoid, after),)
+    return Placing(attempt + 1, avoid), (Place(avoid, after),)
 
 
 def _failure(worker: str, reason: str, elsewhere: bool) -> RouterError:

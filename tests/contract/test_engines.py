@@ -309,6 +309,19 @@ def test_load_tells_the_truth(driver: Driver) -> None:
     assert driver.engine.load().prefill_tokens_queued == 0
 
 
+def test_what_each_step_computed_is_told(driver: Driver) -> None:
+    driver.loads.clear()
+    prompt, outputs = prompt_of(40, salt=77), 6
+    driver.ask(prompt, outputs)
+    driver.until(driver.all_free, "an idle engine")
+    steps = {load.steps: load.step for load in driver.loads if load.step is not None}.values()
+    assert sum(s.prefill_tokens for s in steps) == len(prompt)
+    assert sum(s.prefill_context for s in steps) == 0
+    assert sum(s.decodes for s in steps) == outputs - 1
+    assert [s.context_tokens for s in steps if s.decodes] == [len(prompt) + n for n in range(5)]
+    assert all(0 < s.seconds < 5 for s in steps)
+
+
 def test_a_ticket_that_is_none_harms_nothing(driver: Driver) -> None:
     async def release() -> None:
         driver.engine.release([b"", b"not a ticket"])

@@ -26,12 +26,15 @@ FRONT_FLAGS = [
     "--tool-call-parser", "hermes", "--enable-auto-tool-choice", "--enable-prompt-tokens-details",
 ]  # fmt: skip
 
+# What is tested is the handoff, however cheap it would be to do without.
+APART = ["--disaggregate", "always"]
+
 
 @pytest.fixture(scope="session")
 def group() -> Iterator[LocalGroup]:
     """A router with one prefill and one decode worker, in float32."""
     prepare(MODEL)
-    with LocalGroup(MODEL, flags=[*FLAGS, *OURS], router_flags=FRONT_FLAGS) as running:
+    with LocalGroup(MODEL, flags=[*FLAGS, *OURS], router_flags=[*FRONT_FLAGS, *APART]) as running:
         yield running
 
 
@@ -50,7 +53,8 @@ def over(request: pytest.FixtureRequest) -> Iterator[tuple[str, LocalGroup]]:
     if name == "ucx":
         yield name, request.getfixturevalue("group")
         return
-    with LocalGroup(MODEL, flags=[*FLAGS, *OURS, "--kv-transports", name]) as running:
+    flags = [*FLAGS, *OURS, "--kv-transports", name]
+    with LocalGroup(MODEL, flags=flags, router_flags=APART) as running:
         yield name, running
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from deploy.local.group import LocalGroup
 from tests.integration.asking import MODEL, OneEngine, await_free
-from tests.integration.conftest import FLAGS, OURS
+from tests.integration.conftest import APART, FLAGS, OURS
 from tests.integration.test_equivalence import Answers, body_of, of_length
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ LAYOUTS = DIVIDE | DO_NOT_DIVIDE
 def unlike(request: pytest.FixtureRequest) -> Iterator[tuple[str, LocalGroup]]:
     # Ranks take turns on two cores: nobody's patience may be that of one engine a core.
     patience = ["--kv-answer-s", "20", "--kv-read-s", "30"]
-    roles = LAYOUTS[request.param]
-    with LocalGroup(MODEL, flags=[*FLAGS, *OURS, *patience], role_flags=roles) as running:
+    roles, flags = LAYOUTS[request.param], [*FLAGS, *OURS, *patience]
+    with LocalGroup(MODEL, flags=flags, role_flags=roles, router_flags=APART) as running:
         yield request.param, running
 
 

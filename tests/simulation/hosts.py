@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from router.core.compat import RouterFacts
 from router.core.lifecycle import Prefilling
+from router.core.placement import EstimatePolicy
 from router.dispatch import Dispatch
 from router.link import Link, Links
 from tests.simulation.clients import Clients
@@ -259,7 +260,10 @@ class RouterHost:
         self.clients = Clients(plan, network.events)
         self._network = network
         reserve = dict(zip(plan.routers, plan.reserves, strict=True))[name]
-        self.dispatch = Dispatch(self._send, self.clients, network.loop.time, reserve=reserve)
+        policy = EstimatePolicy(plan.disaggregate)
+        self.dispatch = Dispatch(
+            self._send, self.clients, network.loop.time, reserve=reserve, policy=policy
+        )
         self.clients.dispatch = self.dispatch
         self.links = SimLinks(network, self.process, self.dispatch)
         self.links.connect(w.worker_id for w in plan.workers)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from router.core.blocks import next_link, root
 from router.core.caches import ASK_INTERVAL_S
+from router.core.placement import Disaggregate, EstimatePolicy
 from router.dispatch import Ask
 from tests.simulation.cluster import MENDS_S
 from tests.simulation.plan import Call, Departure
@@ -14,7 +15,11 @@ from workers.api import LOAD_INTERVAL_S, Role
 from workers.channel import QUEUE_MAX
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from router.core.blocks import Link
+    from router.core.fleet import WorkerView
+    from router.core.placement import Placement, Prompt
     from router.journal import Record
     from tests.simulation.clients import Request
     from tests.simulation.cluster import Cluster
@@ -88,24 +93,52 @@ async def every_worker_is_used_again(cluster: Cluster) -> None:
         await cluster.until(
             cluster.loop.time() + 2 * LOAD_INTERVAL_S
         )  # What others placed is told.
-        asks = [
-            Ask(f"{router.name}-probe-{n}", [7 + n] * 60, 8, relay=n % 2 == 0)
-            for n in range(2 * len(roles))
-        ]
-        now = cluster.loop.time()
-        for ask in asks:
-            router.ask(Call(now, router.name, ask, Departure()))
-        await every_request_ends(cluster)
-        used: set[str | None] = set()
-        for ask in asks:
-            request = router.clients.requests[ask.request_id]
-            if request.ended != "finished":
-                raise Violation(f"with all faults over, {request.id} {request.ended}")
-            record = _record(router, request)
-            assert record is not None
-            used |= {record.prefill_worker, record.decode_worker}
-        if idle := {h.name for h in cluster.live_workers} - used:
-            raise Violation(f"{router.name} no longer uses {idle}")
+        idle = {h.name for h in cluster.live_workers}
+        idle -= await _used_by(cluster, router, 2 * len(roles), "any")
+        # Whoever was not worth it is used too, when it is the only one.
+        policy = router.dispatch._policy
+        for name in sorted(idle):
+            router.dispatch._policy = _Only(name)
+            if name not in await _used_by(cluster, router, 1, name):
+                raise Violation(f"{router.name} no longer uses {name}")
+        router.dispatch._policy = policy
+
+
+class _Only:
+    """Places on this worker, together with another where it can't serve alone."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def place(
+        self, prompt: Prompt, workers: Sequence[WorkerView], avoid: frozenset[str] = frozenset()
+    ) -> Placement:
+        alone = [w for w in workers if w.id == self._name and w.generates]
+        if alone:
+            return EstimatePolicy().place(prompt, alone)
+        some = [w for w in workers if w.id == self._name or (w.generates and not w.computes)]
+        return EstimatePolicy(Disaggregate.ALWAYS).place(prompt, some)
+
+
+async def _used_by(cluster: Cluster, router: RouterHost, crowd: int, name: str) -> set[str | None]:
+    """Whom so many requests at once were placed on."""
+    now = cluster.loop.time()
+    asks = [
+        Ask(f"{router.name}-probe-{name}.{n}", [7 + n] * 60, 8, relay=n % 2 == 0)
+        for n in range(crowd)
+    ]
+    for ask in asks:
+        router.ask(Call(now, router.name, ask, Departure()))
+    await every_request_ends(cluster)
+    used: set[str | None] = set()
+    for ask in asks:
+        request = router.clients.requests[ask.request_id]
+        if request.ended != "finished":
+            raise Violation(f"with all faults over, {request.id} {request.ended}")
+        record = _record(router, request)
+        assert record is not None
+        used |= {record.prefill_worker, record.decode_worker}
+    return used
 
 
 def an_end_has_its_reason(cluster: Cluster, router: RouterHost, request: Request) -> None:
@@ -189,11 +222,14 @@ async def nothing_is_kept(cluster: Cluster) -> None:
         if held or load.leases_open or load.busy or load.prefill_tokens_queued:
             raise Violation(f"{host.name} still holds {held} blocks: {load}")
     for router in cluster.live_routers:
+        queue = router.dispatch.door.queue
+        if queue or queue.tokens or queue._clocks or queue._blocked_since or queue._waiting:
+            raise Violation(f"{router.name} still queues {queue.tokens} tokens")
         # The second is nobody's business but the router's memory's.
         if len(router.dispatch) or router.dispatch._by_wire:
             raise Violation(f"{router.name} still holds {router.dispatch._by_wire}")
         for view in router.dispatch.fleet:
-            if view.streams or view.unheard:
+            if view.promised or view.unheard or view._unheard_tokens or view._promised_blocks:
                 raise Violation(f"{router.name} still counts on {view.id}: {view}")
     if cluster.network.queued_max > QUEUE_MAX / 10:
         raise Violation(f"a queue grew to {cluster.network.queued_max} messages")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from router.ask import Ask, Reserve
+from router.core.placement import Disaggregate
 from workers.api import Role
 from workers.engines.sim_settings import SimSettings
 
@@ -85,6 +86,7 @@ class Plan:
     faults: tuple[Fault, ...]
     reserves: tuple[Reserve, ...]
     """Of each router."""
+    disaggregate: Disaggregate = Disaggregate.ALWAYS
 
     @property
     def calm(self) -> bool:
@@ -115,7 +117,8 @@ class Plan:
             for w in self.workers
         ]
         return (
-            f"seed {self.seed}: {', '.join(roles)}; routers {', '.join(self.reserves)}; "
+            f"seed {self.seed}: {', '.join(roles)}; routers {', '.join(self.reserves)}, "
+            f"apart {self.disaggregate}; "
             f"{len(self.calls)} requests, lease {self.lease_s:.1f} s, "
             f"latency {self.latency_s * 1000:.1f} ms; faults: "
             + ("; ".join(f"{f.at:.2f} s {f.kind} {f.who} for {f.for_s:.1f} s" for f in self.faults)
@@ -135,7 +138,9 @@ def make_plan(seed: int) -> Plan:
         faults = _faults(_stream(seed, "faults"), workers, routers, span_s)
     latency_s = _stream(seed, "network").choice((0.0002, 0.002, 0.02))
     plan = Plan(seed, latency_s, workers, routers, calls, faults, ())
-    return _handing_off(_stream(seed, "streams"), plan)
+    plan = _handing_off(_stream(seed, "streams"), plan)
+    kind = _stream(seed, "placement").choice(list(Disaggregate))
+    return replace(plan, disaggregate=kind)
 
 
 def _handing_off(rng: random.Random, plan: Plan) -> Plan:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvtransfer.protocol import decode_ticket
 from router.ask import Ask, Reserve
 from router.dispatch import Dispatch
-from tests.unit.test_dispatch import Fakes, hello
+from tests.unit.test_dispatch import APART, Fakes, hello
 from workers.api import Abort, Delta, Finish, Generate, Phase, Release, Role, WorkerHello
 
 
@@ -23,7 +23,7 @@ def streaming(worker_id: str, role: Role, epoch: str = "1") -> WorkerHello:
 def pair(reserve: Reserve = Reserve.AT_DISPATCH) -> Fakes:
     f = Fakes()
     f.dispatch = Dispatch(
-        lambda w, m: f.sent.append((w, m)), f, lambda: f.now, None, reserve
+        lambda w, m: f.sent.append((w, m)), f, lambda: f.now, None, reserve, policy=APART
     )  # fmt: skip
     for worker in (streaming("p", Role.PREFILL), streaming("d", Role.DECODE)):
         f.dispatch.on_hello(worker)
@@ -118,18 +118,20 @@ def test_a_request_whose_client_has_one_token_goes_on_elsewhere(how: str) -> Non
     f.dispatch.on_hello(streaming("d2", Role.DECODE))
     f.dispatch.submit(Ask("r", [1, 2], 4, relay=True))
     f.say("p", Delta("r/p", [7], Finish.PREFILLED))
+    (first,) = {w for w, _ in generates(f)} - {"p"}
+    (other,) = {"d", "d2"} - {first}
     if how == "lost":
-        f.dispatch.on_lost("d", "killed")
+        f.dispatch.on_lost(first, "killed")
     elif how == "failed":
-        f.say("d", Delta("r", [], Finish.ERROR, error="no"))
+        f.say(first, Delta("r", [], Finish.ERROR, error="no"))
     else:
-        f.say("d", Delta("r", [6, 5]))
+        f.say(first, Delta("r", [6, 5]))
     asked = generates(f)[-2:]
-    assert {w for w, _ in asked} == {"p", "d2"}
+    assert {w for w, _ in asked} == {"p", other}
     for _, message in asked:
         assert message.prompt_token_ids == [1, 2, 7]
         assert (message.max_tokens, message.generated) == (3, 1)
-    f.say("d2", Delta("r/2", [8, 9, 10], Finish.LENGTH))
+    f.say(other, Delta("r/2", [8, 9, 10], Finish.LENGTH))
     assert f.got == {"r": [7, 8, 9, 10]}
     assert f.failed == {}
 
@@ -230,4 +232,4 @@ def test_whatever_happens_the_client_gets_what_one_engine_would_have_said(
     f.dispatch.cancel(["r"])
     assert len(f.dispatch) == 0
     assert not f.dispatch._by_wire
-    assert all(not w.streams and not w.unheard for w in f.dispatch.fleet)
+    assert all(not w.promised and not w.unheard for w in f.dispatch.fleet)

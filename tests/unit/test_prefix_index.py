@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -322,7 +323,7 @@ def test_a_cache_that_does_not_fit_is_left_out_whole_until_it_does() -> None:
     caches, prompt = Caches(held_max=100), list(range(80 * 16))
     stored = KvStored(list(range(80)), -1, prompt)
     for name in ("a", "b"):
-        caches.join(hello(name, Role.DECODE), 0.0)
+        caches.join(msgspec.structs.replace(hello(name, Role.DECODE), blocks_total=100), 0.0)
         assert not caches.snapshot(name, KvSnapshot(0, 0, False, [stored]), 0.0)
     assert (caches.held, caches.left_out_total) == (80, 1)
     assert not caches.snapshot("b", KvSnapshot(0, 1, True, []), 9.0), "the rest of what had no room"

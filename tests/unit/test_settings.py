@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from router.ask import Reserve
+from router.core.placement import Disaggregate
 from router.settings import RouterSettings
 from workers.api import Role
 from workers.flags import flag, read_settings, variable
@@ -56,6 +57,14 @@ ROUTER: dict[str, tuple[str, Any]] = {
     "address_file": ("/address.json", Path("/address.json")),
     "curve_secret_file": ("a", Path("a")),
     "reserve": ("at_prefill_done", Reserve.AT_PREFILL_DONE),
+    "disaggregate": ("always", Disaggregate.ALWAYS),
+    "queue_max": ("5", 5),
+    "queue_s": ("20", 20.0),
+    "prefill_queue_s": ("1.5", 1.5),
+    "ttft_objective_s": ("2", 2.0),
+    "tenant_tokens_per_s": ("1000", 1000.0),
+    "tenant_burst_s": ("3", 3.0),
+    "tenant_shares": ("a=2,b=0.5,", {"a": 2.0, "b": 0.5}),
     "curve_workers_file": ("b", Path("b")),
 }
 KINDS: list[tuple[type[BaseSettings], dict[str, tuple[str, Any]]]] = [

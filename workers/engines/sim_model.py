@@ -17,10 +17,12 @@ from workers.api import Delta, Finish, Generate, Load, Phase
 from workers.engines.base import Removed, Stored
 from workers.engines.sim_blocks import BlockPool
 from workers.engines.sim_handoff import PULL_NAP_S, Awaited, Keeper, Pull, release, source_of
+from workers.engines.sim_steps import step_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from workers.api import Step
     from workers.engines.base import CacheChange
     from workers.engines.sim_blocks import Handoffs
     from workers.engines.sim_settings import SimSettings
@@ -82,6 +84,8 @@ class SimModel:
         self._changes: list[CacheChange] = []
         self._arrivals = 0
         self._steps = 0
+        self._step: Step | None = None  # The last one, and the one under way.
+        self._begun: Step | None = None
 
     # ------------------------------------------------------------ in
 
@@ -92,9 +96,7 @@ class SimModel:
     def submit(self, generate: Generate) -> None:
         """Queue it; what is wrong with it comes out of the next step."""
         if reason := self._wrong(generate):
-            self._rejected.append(
-                Delta(generate.request_id, [], Finish.INVALID, error=reason)
-            )  # fmt: skip
+            self._rejected.append(Delta(generate.request_id, [], Finish.INVALID, error=reason))
             return
         prompt, size = generate.prompt_token_ids, self.settings.block_tokens
         salt = zlib.crc32(f"{generate.cache_salt}\0{generate.lora_name}".encode())
@@ -157,25 +159,26 @@ class SimModel:
         self._end_pulls(now)
         self._admit(now)
         self._plan = []
-        budget, prefill = s.chunk_tokens, 0
+        budget = s.chunk_tokens
         for run in list(self._running.values()):
             if run.pull is not None or run.generate.request_id not in self._running:
                 continue
             chunk = min(run.length - run.computed, budget)
             if chunk and self._grow(run, run.computed + chunk):
                 budget -= chunk
-                prefill += chunk if chunk > 1 or not run.outputs else 0
                 self._plan.append((run, chunk))
+        self._begun = step_of(self._plan, s)
         if s.instant:
             return 0.0
-        if self._plan:
-            return s.step_s + prefill / s.prefill_tokens_per_s
+        if self._begun is not None:
+            return self._begun.seconds
         naps = [r.pull.look_again_s(now) for r in self._running.values() if r.pull]
         return max(0.0, min(naps, default=PULL_NAP_S)) if self._live else 0.0
 
     def finish(self, now: float) -> list[Delta]:
         """End the step that `begin` chose. Requests aborted or preempted since bring nothing."""
         self._steps += 1
+        self._step = self._begun
         deltas, self._rejected = self._rejected, []
         for run, chunk in self._plan:
             if self._running.get(run.generate.request_id) is not run:
@@ -194,11 +197,10 @@ class SimModel:
 
     def load(self, now: float) -> Load:
         self._expire(now)
-        waiting = len(self._live) - len(self._running)
         queued = sum(r.length - r.computed for r in self._live.values() if r.computes)
         return Load(
-            self._steps, self.busy, len(self._running), waiting, queued,
-            self._pool.free, self._pool.total, len(self._keeper),
+            self._steps, self.busy, len(self._running), len(self._live) - len(self._running),
+            queued, self._pool.free, self._pool.total, len(self._keeper), step=self._step,
         )  # fmt: skip
 
     # ------------------------------------------------------------ admission, growth, preemption

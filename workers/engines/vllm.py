@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from kvtransfer.releases import ReleaseClient
-from workers.api import Delta, Finish, Load, Phase
+from workers.api import Delta, Finish, Load, Phase, Step
 from workers.engines.base import Cleared, EngineDead, EngineFacts, Removed, Stored
 from workers.engines.vllm_requests import BadRequest, core_request, delta_of, warm_up_request
 
@@ -52,6 +53,8 @@ class VllmEngine:
         self._rejected: list[Delta] = []
         self._rejected_now = asyncio.Event()
         self._steps = 0
+        self._step: Step | None = None
+        self._step_began = time.perf_counter()
         self._connector: dict[str, Any] = {}
         self._stats: SchedulerStats | None = None
         self._core: Any = None
@@ -73,6 +76,7 @@ class VllmEngine:
             outputs = await self._core.get_output_async()
             self._count(outputs)
             done = any(o.finished for o in outputs.outputs)
+        self._step = None  # What it took was the start.
         cache = self._config.cache_config
         transfer = self._config.kv_transfer_config
         connector = self._connector
@@ -103,6 +107,8 @@ class VllmEngine:
             raise EngineDead(f"vLLM's engine core died: {dead.exceptions[0]}") from dead
 
     def submit(self, generate: Generate) -> None:
+        if not self._live:  # Until now no step was under way.
+            self._step_began = time.perf_counter()
         self._live[generate.request_id] = generate
         # What another worker computes is not queued here.
         computes = generate.phase is not Phase.DECODE
@@ -143,6 +149,7 @@ class VllmEngine:
             blocks_total=total,
             leases_open=self._connector.get("leases_open", 0),
             leases_expired=self._connector.get("leases_expired", 0),
+            step=self._step,
         )
 
     def cache_changes(self) -> list[CacheChange]:
@@ -196,6 +203,12 @@ class VllmEngine:
             return
         self._steps += 1
         self._stats = stats
+        # Where the next step runs while this one's outputs travel, it began with the former's.
+        began, self._step_began = self._step_began, time.perf_counter()
+        work = (stats.kv_connector_stats or {}).get("step", ())
+        self._step = Step(self._step_began - began, *work) if any(work) else None
+        if self._step is not None:
+            self._computed(self._step.prefill_tokens)
         if stats.kv_connector_stats:
             self._connector = {**self._connector, **stats.kv_connector_stats}
             self._changes += map(_change, stats.kv_connector_stats.get("cache", []))
@@ -203,6 +216,15 @@ class VllmEngine:
             for pull in stats.kv_connector_stats.get("pulls", []):
                 if (request_id := pull["request_id"]) in self._live:
                     self._pulled[request_id] = _merged(self._pulled.get(request_id), pull)
+
+    def _computed(self, tokens: int) -> None:
+        """Which prompts' they are is not told: vLLM takes them in the order in which they came."""
+        for request_id, queued in self._uncomputed.items():
+            took = min(queued, tokens)
+            self._uncomputed[request_id] = queued - took
+            tokens -= took
+            if not tokens:
+                return
 
     def _deltas(self, outputs: EngineCoreOutputs) -> list[Delta]:
         last_steps, self._last_steps = self._last_steps, []

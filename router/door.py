@@ -1,0 +1,148 @@
+"""Who is let in, who waits, and who is told to come again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from math import inf
+from typing import TYPE_CHECKING, Final
+
+from router.core.admission import Entry, Queue
+from router.core.errors import (
+    NoCapacity,
+    ObjectiveOutOfReach,
+    QueueFull,
+    RouterError,
+    TenantOverRate,
+    WaitedTooLong,
+)
+from router.core.limits import Buckets, Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from router.ask import Ask
+    from router.core.fleet import Fleet, WorkerView
+    from router.core.placement import Placement, Prompt
+
+
+PUMP_S: Final = 0.005
+"""At most so often does a worker's step make the queue look for room."""
+PASSED_MAX: Final = 8
+"""How many are passed over, for want of room, before nobody is looked at any more."""
+
+
+class Door:
+    """The queue and the tenants' accounts of one router."""
+
+    def __init__(self, fleet: Fleet, limits: Limits | None = None) -> None:
+        self._fleet = fleet
+        self.busy = False
+        """Somebody's turn it is just now."""
+        self._looked_at = -inf
+        self._kept: tuple[str, str] | None = None
+        """Whose the next room on which worker is."""
+        self.limits = limits or Limits()
+        self.queue = Queue(self.limits.shares)
+        self.refused: Counter[str] = Counter()
+        """By error code, since the start."""
+        self._buckets = Buckets(self.limits)
+
+    # ------------------------------------------------------------ in
+
+    def check(self, tenant: str, now: float) -> None:
+        """Raise `QueueFull` or `TenantOverRate`."""
+        if len(self.queue) >= self.limits.queue_max:
+            retry_s = self.queue.wait_s(0, now)
+            raise self.counted(QueueFull(waiting=len(self.queue), retry_s=retry_s))
+        if wait_s := self._buckets.wait_s(tenant, now):
+            raise self.counted(TenantOverRate(retry_s=wait_s))
+
+    def enter(self, ask: Ask, prompt: Prompt, now: float) -> Entry:
+        """Queue it. Raises what `check` does, and `ObjectiveOutOfReach`, and charges nothing."""
+        self.check(ask.tenant, now)
+        expected_s, objective_s = self.queue.wait_s(ask.priority, now), self._objective_s(ask)
+        if expected_s > objective_s:
+            late = ObjectiveOutOfReach(expected_s=expected_s, objective_s=objective_s)
+            raise self.counted(late)
+        uncached = prompt.tokens - max(prompt.cached_tokens.values(), default=0)
+        expires_at = now + self.limits.queue_s
+        entry = Entry(
+            min(expires_at, now + objective_s), now, ask.request_id, ask.tenant, ask.priority,
+            tokens=max(1, uncached) + prompt.output_tokens, expires_at=expires_at,
+        )  # fmt: skip
+        self._buckets.charge(ask.tenant, entry.tokens, now)
+        self.queue.push(entry, now)
+        return entry
+
+    # ------------------------------------------------------------ turns
+
+    def due(self, now: float) -> bool:
+        return now - self._looked_at >= PUMP_S
+
+    def turns(self, now: float) -> Iterator[str]:
+        """Whose turn it is, one after the other. Who is still in the queue then had no room."""
+        queue, passed = self.queue, set[str]()
+        self.busy, self._looked_at = True, now
+        self._kept = None
+        if first := queue.kept_for(now):
+            able = [w for w in self._fleet if w.generates]
+            roomiest = max(able, key=lambda w: (w.tokens_left, w.id), default=None)
+            self._kept = (first.request_id, roomiest.id) if roomiest else None
+        try:
+            while len(passed) < PASSED_MAX and (entry := queue.next(passed, now)):
+                yield entry.request_id
+                if entry.request_id in queue:
+                    queue.no_room(entry.request_id, now)
+                    passed.add(entry.request_id)
+                elif self._kept and self._kept[0] == entry.request_id:
+                    self._kept = None
+        finally:
+            self.busy = False
+
+    def free_for(self, request_id: str) -> list[WorkerView]:
+        """All workers, but for one that is kept for another. Raises `NoCapacity`."""
+        if self._kept is None or request_id == self._kept[0] or self._kept[0] not in self.queue:
+            return list(self._fleet)
+        others = [w for w in self._fleet if w.id != self._kept[1]]
+        if any(w.generates for w in others) or not any(w.generates for w in self._fleet):
+            return others
+        raise NoCapacity(tokens=0)
+
+    def enter_again(self, entry: Entry, now: float) -> None:
+        """A new try for which there is no room: it has a turn of its own to wait for."""
+        self.queue.push(replace(entry, expires_at=now + self.limits.queue_s), now)
+
+    # ------------------------------------------------------------ refusals
+
+    def has_objective(self, ask: Ask) -> bool:
+        return self._objective_s(ask) < inf
+
+    def late(self, ask: Ask, placement: Placement, waited_s: float) -> RouterError | None:
+        """Why it is no use to begin now."""
+        if placement.estimate is None:
+            return None
+        expected_s, objective_s = waited_s + placement.estimate.ttft_s, self._objective_s(ask)
+        if expected_s <= objective_s:
+            return None
+        return ObjectiveOutOfReach(expected_s=expected_s, objective_s=objective_s)
+
+    def expired(self, now: float) -> list[tuple[Entry, RouterError]]:
+        """Who has waited for too long, and what to tell them."""
+        retry_s = self.queue.wait_s(0, now)
+        return [
+            (e, WaitedTooLong(waited_s=now - e.arrived_at, retry_s=retry_s))
+            for e in self.queue.expired(now)
+        ]
+
+    def refuse(self, entry: Entry, error: RouterError, now: float) -> None:
+        """It was let in, and nothing was done for it: its tenant has the tokens back."""
+        self.counted(error)
+        self._buckets.charge(entry.tenant, -entry.tokens, now)
+
+    def counted(self, error: RouterError) -> RouterError:
+        self.refused[error.code] += 1
+        return error
+
+    def _objective_s(self, ask: Ask) -> float:
+        return self.limits.ttft_s if ask.ttft_s is None else ask.ttft_s
