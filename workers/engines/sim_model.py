@@ -9,15 +9,14 @@ from __future__ import annotations
 import heapq
 import math
 import zlib
-from array import array
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from workers.api import Delta, Finish, Generate, Load, Phase
 from workers.engines.base import Removed, Stored
 from workers.engines.sim_blocks import BlockPool
 from workers.engines.sim_handoff import PULL_NAP_S, Awaited, Keeper, Pull, release, source_of
-from workers.engines.sim_steps import step_of
+from workers.engines.sim_requests import Run, run_of
+from workers.engines.sim_steps import lasting_s, step_of, steps_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,42 +30,6 @@ FIRST_TOKEN: Final = 100
 """Ids below are special tokens in most vocabularies."""
 
 
-@dataclass(slots=True)
-class _Run:
-    """One request. `length` counts known tokens (prompt and output), `computed` those with KV."""
-
-    generate: Generate
-    arrived: int
-    output_max: int
-    checksum: int
-    hashes: list[int]
-    """Of the prompt's full blocks."""
-    length: int
-    computed: int = 0
-    outputs: int = 0
-    shared: list[int] = field(default_factory=list)
-    fresh: int = 0
-    cached: int | None = None
-    """Prompt tokens found in the cache at the first admission."""
-    handle: str | None = None
-    """The router's, under which this prompt will be kept."""
-    told: bool = False
-    """That its last step is near."""
-    pull: Pull | None = None
-    pulled: tuple[int, int, float] = (0, 0, 0.0)
-    """Tokens, bytes, seconds."""
-    pull_error: str | None = None
-
-    @property
-    def computes(self) -> bool:
-        """The prompt, here: none of it awaits another's, and no token is out."""
-        return not self.outputs and self.pull is None
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return self.generate.priority, self.arrived
-
-
 class SimModel:
     """All requests of one simulated engine."""
 
@@ -75,15 +38,18 @@ class SimModel:
         self._epoch = epoch
         self._handoffs = handoffs
         self._pool = BlockPool(settings.blocks_total)
-        self._live: dict[str, _Run] = {}
+        self._live: dict[str, Run] = {}
         self._waiting: list[tuple[int, int, str]] = []
-        self._running: dict[str, _Run] = {}
-        self._plan: list[tuple[_Run, int]] = []
+        self._running: dict[str, Run] = {}
+        self._plan: list[tuple[Run, int]] = []
         self._keeper = Keeper(epoch, handoffs)
         self._rejected: list[Delta] = []
         self._changes: list[CacheChange] = []
         self._arrivals = 0
         self._steps = 0
+        self._budget = 0
+        self._preempted = False
+        self._alike = 1
         self._step: Step | None = None  # The last one, and the one under way.
         self._begun: Step | None = None
 
@@ -95,25 +61,12 @@ class SimModel:
 
     def submit(self, generate: Generate) -> None:
         """Queue it; what is wrong with it comes out of the next step."""
-        if reason := self._wrong(generate):
-            self._rejected.append(Delta(generate.request_id, [], Finish.INVALID, error=reason))
+        run = run_of(generate, self._arrivals + 1, self.settings)
+        if isinstance(run, str):
+            self._rejected.append(Delta(generate.request_id, [], Finish.INVALID, error=run))
             return
-        prompt, size = generate.prompt_token_ids, self.settings.block_tokens
-        salt = zlib.crc32(f"{generate.cache_salt}\0{generate.lora_name}".encode())
-        hashes, link = [], salt
-        for end in range(size, len(prompt) + 1, size):
-            link = hash((link, *prompt[end - size : end]))
-            hashes.append(link)
         self._arrivals += 1
-        run = _Run(
-            generate,
-            arrived=self._arrivals,
-            output_max=min(generate.max_tokens, self.settings.max_model_len - len(prompt)),
-            checksum=zlib.crc32(array("I", prompt).tobytes()),
-            hashes=hashes,
-            length=len(prompt),
-            handle=self._keeper.expect(generate),
-        )
+        run.handle = self._keeper.expect(generate)
         self._live[generate.request_id] = run
         heapq.heappush(self._waiting, (*run.order, generate.request_id))
 
@@ -130,56 +83,49 @@ class SimModel:
         for content in tickets:
             release(content, self._handoffs, now)
 
-    def _wrong(self, generate: Generate) -> str | None:
-        s, prompt = self.settings, generate.prompt_token_ids
-        if not prompt:
-            return "the prompt is empty"
-        if len(prompt) >= s.max_model_len:
-            return f"the prompt has {len(prompt)} tokens, the model at most {s.max_model_len}"
-        if not 0 <= min(prompt) <= max(prompt) < 1 << 31:
-            return "a token id is outside the model's vocabulary"
-        if generate.max_tokens < 1:
-            return "max_tokens is below 1"
-        if generate.lora_name is not None:
-            return "LoRA adapters are not served yet"
-        outputs = 0 if generate.phase is Phase.PREFILL else generate.max_tokens
-        tokens = min(len(prompt) + outputs, s.max_model_len)
-        if (needed := self._blocks(tokens)) > s.blocks_total:
-            return f"it may need {needed} KV blocks, the engine has {s.blocks_total}"
-        return None
-
     # ------------------------------------------------------------ a step
 
-    def begin(self, now: float) -> float:
-        """Choose what runs; seconds until `finish` is due."""
-        s = self.settings
+    def begin(self, now: float, alike_s: float = 0.0) -> float:
+        """Choose what runs; seconds until `finish` is due.
+
+        `alike_s`: steps that bring nothing but one token more to each sequence may be done at once,
+        as many as end within so many seconds.
+        """
         self._expire(now)
         self._end_pulls(now)
+        self._plan_running()
         self._admit(now)
-        self._plan = []
-        budget = s.chunk_tokens
-        for run in list(self._running.values()):
-            if run.pull is not None or run.generate.request_id not in self._running:
-                continue
-            chunk = min(run.length - run.computed, budget)
-            if chunk and self._grow(run, run.computed + chunk):
-                budget -= chunk
-                self._plan.append((run, chunk))
-        self._begun = step_of(self._plan, s)
-        if s.instant:
+        step = self._begun = step_of(self._plan, self.settings)
+        self._alike = 1
+        if self.settings.instant:
             return 0.0
-        if self._begun is not None:
-            return self._begun.seconds
+        if step is not None:
+            if alike_s > step.seconds and self._steady:
+                self._alike = self._count_alike(step, alike_s)
+            return lasting_s(step, self._alike, self.settings)
         naps = [r.pull.look_again_s(now) for r in self._running.values() if r.pull]
         return max(0.0, min(naps, default=PULL_NAP_S)) if self._live else 0.0
 
+    def cut(self, elapsed_s: float) -> float:
+        """Something came in: no more steps at once than have begun. Seconds from `begin` on."""
+        if self._begun is None:
+            return elapsed_s
+        if self._alike > 1:
+            done = steps_within(self._begun, elapsed_s, self.settings)
+            self._alike = min(self._alike, done + 1)
+        return lasting_s(self._begun, self._alike, self.settings)
+
     def finish(self, now: float) -> list[Delta]:
         """End the step that `begin` chose. Requests aborted or preempted since bring nothing."""
-        self._steps += 1
+        self._steps += self._alike
         self._step = self._begun
         deltas, self._rejected = self._rejected, []
         for run, chunk in self._plan:
             if self._running.get(run.generate.request_id) is not run:
+                continue
+            if run.next_generates:
+                run.computed += self._alike
+                deltas.append(self._generated(run, self._alike))
                 continue
             run.computed += chunk
             if run.outputs == 0:
@@ -203,15 +149,60 @@ class SimModel:
 
     # ------------------------------------------------------------ admission, growth, preemption
 
+    def _plan_running(self) -> None:
+        """As in vLLM, those that run come first."""
+        self._plan = []
+        self._budget = self.settings.chunk_tokens
+        self._preempted = False
+        for run in list(self._running.values()):
+            if run.pull is not None or run.generate.request_id not in self._running:
+                continue
+            chunk = min(run.length - run.computed, self._budget)
+            if chunk and self._grow(run, run.computed + chunk):
+                self._budget -= chunk
+                self._plan.append((run, chunk))
+
     def _admit(self, now: float) -> None:
+        """As in vLLM, with what tokens are left of the step, and none where one had to go.
+
+        So of two prompts that begin alike the later finds what the earlier left in the cache.
+        """
         while self._waiting and len(self._running) < self.settings.running_max:
+            if not self._budget or self._preempted:
+                return
             request_id = self._waiting[0][2]
             run = self._live.get(request_id)
-            if run is not None and request_id not in self._running and not self._enter(run, now):
-                return
+            if run is not None and request_id not in self._running:
+                if not self._enter(run, now):
+                    return
+                if run.pull is None:
+                    chunk = min(run.length - run.computed, self._budget)
+                    self._budget -= chunk
+                    self._plan.append((run, chunk))
             heapq.heappop(self._waiting)  # Entered, or aborted meanwhile.
 
-    def _enter(self, run: _Run, now: float) -> bool:
+    @property
+    def _steady(self) -> bool:
+        """All that is here generates, and nothing waits."""
+        if len(self._plan) != len(self._live) or self._rejected:
+            return False
+        return all(run.next_generates for run, _ in self._plan)
+
+    def _count_alike(self, step: Step, seconds: float) -> int:
+        """Steps like this one: none ends a request but the last, and no one's blocks are needed."""
+        count = min(run.output_max - run.outputs for run, _ in self._plan)
+        count = min(count, steps_within(step, seconds, self.settings))
+        needed = sum(
+            self._blocks(run.computed + count) - len(run.shared) - run.fresh
+            for run, _ in self._plan
+        )
+        if count <= 1 or needed > self._pool.free:
+            return 1
+        for run, _ in self._plan:
+            self._grow(run, run.computed + count)
+        return count
+
+    def _enter(self, run: Run, now: float) -> bool:
         # As in vLLM, at least one token is always computed: there is no output without.
         size = self.settings.block_tokens
         usable = run.hashes[: (run.length - 1) // size]
@@ -226,7 +217,7 @@ class SimModel:
         self._running[run.generate.request_id] = run
         return True
 
-    def _grow(self, run: _Run, tokens: int) -> bool:
+    def _grow(self, run: Run, tokens: int) -> bool:
         """Room for the KV of so many tokens, taken from later requests if need be."""
         while (more := self._blocks(tokens) - len(run.shared) - run.fresh) > 0:
             if self._pool.take((), more):
@@ -240,7 +231,8 @@ class SimModel:
                 return False
         return True
 
-    def _preempt(self, run: _Run) -> None:
+    def _preempt(self, run: Run) -> None:
+        self._preempted = True
         self._plan = [(r, n) for r, n in self._plan if r is not run]
         self._free(run)
         run.computed = 0
@@ -248,11 +240,11 @@ class SimModel:
         del self._running[request_id]
         heapq.heappush(self._waiting, (*run.order, request_id))
 
-    def _free(self, run: _Run) -> None:
+    def _free(self, run: Run) -> None:
         self._pool.give_back(run.shared, run.fresh)
         run.shared, run.fresh = [], 0
 
-    def _publish(self, run: _Run) -> None:
+    def _publish(self, run: Run) -> None:
         """Let others find the prompt's blocks that are full now."""
         size, first = self.settings.block_tokens, len(run.shared)
         full = min(run.computed // size, len(run.hashes))
@@ -287,7 +279,7 @@ class SimModel:
 
     # ------------------------------------------------------------ handoff
 
-    def _begin_pull(self, run: _Run, now: float) -> None:
+    def _begin_pull(self, run: Run, now: float) -> None:
         generate = run.generate
         if generate.phase is not Phase.DECODE or generate.ticket is None:
             return
@@ -299,7 +291,7 @@ class SimModel:
             run.pull = Pull(source)
             self._look(run, run.pull, now)
 
-    def _look(self, run: _Run, pull: Pull, now: float) -> None:
+    def _look(self, run: Run, pull: Pull, now: float) -> None:
         """Whether its prompt is there to be read now."""
         s = self.settings
         try:
@@ -332,7 +324,7 @@ class SimModel:
                 run.computed = run.length - 1
                 self._publish(run)
 
-    def _keep(self, run: _Run, now: float) -> bytes | None:
+    def _keep(self, run: Run, now: float) -> bytes | None:
         """Move the request's blocks under a lease; its ticket, unless the router made one."""
         handle, prompt = run.handle, (run.length, run.checksum)
         if run.generate.ticket is not None and handle is None:
@@ -353,28 +345,30 @@ class SimModel:
 
     # ------------------------------------------------------------ out
 
-    def _answer(self, run: _Run, now: float) -> Delta:
-        request_id = run.generate.request_id
-        first = run.outputs == 0
-        cached = run.cached if first else None
+    def _answer(self, run: Run, now: float) -> Delta:
+        """The prompt is computed, or computed again."""
         if run.generate.phase is Phase.PREFILL:
             return self._prefilled(run, now)
-        token = self._sample(run)
-        run.outputs += 1
-        run.length += 1
-        done = run.outputs >= run.output_max
-        if done:
-            self._end(run)
-        finish = Finish.LENGTH if done else None
+        first = run.outputs == 0
+        delta = self._generated(run, 1)
         if not first:
-            return Delta(request_id, [token], finish)
+            return delta
         tokens, size, seconds = run.pulled
         return Delta(
-            request_id, [token], finish, cached_tokens=cached,
+            delta.request_id, delta.token_ids, delta.finish, cached_tokens=run.cached,
             kv_tokens=tokens, kv_bytes=size, kv_s=seconds, kv_failed=run.pull_error,
         )  # fmt: skip
 
-    def _prefilled(self, run: _Run, now: float) -> Delta:
+    def _generated(self, run: Run, count: int) -> Delta:
+        tokens = [self._sample(run) for _ in range(count)]
+        run.outputs += count
+        run.length += count
+        done = run.outputs >= run.output_max
+        if done:
+            self._end(run)
+        return Delta(run.generate.request_id, tokens, Finish.LENGTH if done else None)
+
+    def _prefilled(self, run: Run, now: float) -> Delta:
         request_id, relay = run.generate.request_id, run.generate.relay
         if relay and run.generate.max_tokens == 1:  # Nothing is left to hand off.
             self._keeper.cancel(run.handle, "its first token was its last")
@@ -385,7 +379,7 @@ class SimModel:
         self._end(run)
         return Delta(request_id, tokens, finish, ticket=ticket, cached_tokens=run.cached)
 
-    def _sample(self, run: _Run) -> int:
+    def _sample(self, run: Run) -> int:
         """A function of all tokens so far: whoever goes on from here says the same."""
         token = FIRST_TOKEN + (run.checksum * 2_654_435_761 >> 7) % (
             self.settings.vocabulary - FIRST_TOKEN
@@ -393,7 +387,7 @@ class SimModel:
         run.checksum = zlib.crc32(token.to_bytes(4, "little"), run.checksum)
         return token
 
-    def _end(self, run: _Run) -> None:
+    def _end(self, run: Run) -> None:
         request_id = run.generate.request_id
         del self._live[request_id]
         del self._running[request_id]
