@@ -7,8 +7,8 @@ came out); requests may come and go between the two.
 from __future__ import annotations
 
 import heapq
-import math
 import zlib
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 from workers.api import Delta, Finish, Generate, Load, Phase
@@ -38,7 +38,7 @@ class SimModel:
         self._epoch = epoch
         self._handoffs = handoffs
         self._pool = BlockPool(settings.blocks_total)
-        self._live: dict[str, Run] = {}
+        self.requests: dict[str, Run] = {}
         self._waiting: list[tuple[int, int, str]] = []
         self._running: dict[str, Run] = {}
         self._plan: list[tuple[Run, int]] = []
@@ -57,7 +57,7 @@ class SimModel:
 
     @property
     def busy(self) -> bool:
-        return bool(self._live or self._rejected)
+        return bool(self.requests or self._rejected)
 
     def submit(self, generate: Generate) -> None:
         """Queue it; what is wrong with it comes out of the next step."""
@@ -67,12 +67,12 @@ class SimModel:
             return
         self._arrivals += 1
         run.handle = self._keeper.expect(generate)
-        self._live[generate.request_id] = run
+        self.requests[generate.request_id] = run
         heapq.heappush(self._waiting, (*run.order, generate.request_id))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
-            if run := self._live.pop(request_id, None):
+            if run := self.requests.pop(request_id, None):
                 self._running.pop(request_id, None)
                 self._free(run)
                 self._keeper.cancel(run.handle, "the prefill was aborted")
@@ -89,7 +89,8 @@ class SimModel:
         """Choose what runs; seconds until `finish` is due.
 
         `alike_s`: steps that bring nothing but one token more to each sequence may be done at once,
-        as many as end within so many seconds.
+        as many as end within so many seconds. Then whoever drives it says so (`cut`) when something
+        comes in, or a prompt is done that is `awaited` here.
         """
         self._expire(now)
         self._end_pulls(now)
@@ -99,12 +100,14 @@ class SimModel:
         self._alike = 1
         if self.settings.instant:
             return 0.0
+        pulls = [r.pull for r in self._running.values() if r.pull is not None]
         if step is not None:
-            if alike_s > step.seconds and self._steady:
-                self._alike = self._count_alike(step, alike_s)
+            over_s = min((p.ready_at - now for p in pulls if p.ready_at is not None), default=inf)
+            if min(alike_s, over_s) > step.seconds and self._steady:
+                self._alike = self._count_alike(step, min(alike_s, over_s))
             return lasting_s(step, self._alike, self.settings)
-        naps = [r.pull.look_again_s(now) for r in self._running.values() if r.pull]
-        return max(0.0, min(naps, default=PULL_NAP_S)) if self._live else 0.0
+        nap_s = min((p.look_again_s(now, alike_s) for p in pulls), default=PULL_NAP_S)
+        return max(0.0, nap_s) if self.requests else 0.0
 
     def cut(self, elapsed_s: float) -> float:
         """Something came in: no more steps at once than have begun. Seconds from `begin` on."""
@@ -141,9 +144,9 @@ class SimModel:
 
     def load(self, now: float) -> Load:
         self._expire(now)
-        queued = sum(r.length - r.computed for r in self._live.values() if r.computes)
+        queued = sum(r.length - r.computed for r in self.requests.values() if r.computes)
         return Load(
-            self._steps, self.busy, len(self._running), len(self._live) - len(self._running),
+            self._steps, self.busy, len(self._running), len(self.requests) - len(self._running),
             queued, self._pool.free, self._pool.total, len(self._keeper), step=self._step,
         )  # fmt: skip
 
@@ -171,7 +174,7 @@ class SimModel:
             if not self._budget or self._preempted:
                 return
             request_id = self._waiting[0][2]
-            run = self._live.get(request_id)
+            run = self.requests.get(request_id)
             if run is not None and request_id not in self._running:
                 if not self._enter(run, now):
                     return
@@ -183,10 +186,13 @@ class SimModel:
 
     @property
     def _steady(self) -> bool:
-        """All that is here generates, and nothing waits."""
-        if len(self._plan) != len(self._live) or self._rejected:
-            return False
-        return all(run.next_generates for run, _ in self._plan)
+        """All that runs generates; what waits, can't be let in before something ends."""
+        return not self._rejected and all(run.next_generates for run, _ in self._plan)
+
+    @property
+    def awaits(self) -> bool:
+        """Prompts that are computed elsewhere."""
+        return any(r.pull is not None and r.pull.ready_at is None for r in self._running.values())
 
     def _count_alike(self, step: Step, seconds: float) -> int:
         """Steps like this one: none ends a request but the last, and no one's blocks are needed."""
@@ -275,7 +281,7 @@ class SimModel:
         return changes
 
     def _blocks(self, tokens: int) -> int:
-        return math.ceil(tokens / self.settings.block_tokens)
+        return -(-tokens // self.settings.block_tokens)
 
     # ------------------------------------------------------------ handoff
 
@@ -360,7 +366,7 @@ class SimModel:
         )  # fmt: skip
 
     def _generated(self, run: Run, count: int) -> Delta:
-        tokens = [self._sample(run) for _ in range(count)]
+        tokens = [self._sample(run)] * count  # Of several at once nobody reads the text.
         run.outputs += count
         run.length += count
         done = run.outputs >= run.output_max
@@ -370,7 +376,7 @@ class SimModel:
 
     def _prefilled(self, run: Run, now: float) -> Delta:
         request_id, relay = run.generate.request_id, run.generate.relay
-        if relay and run.generate.max_tokens == 1:  # Nothing is left to hand off.
+        if relay and run.output_max == 1:  # Nothing is left to hand off.
             self._keeper.cancel(run.handle, "its first token was its last")
             finish, ticket = Finish.LENGTH, None
         else:
@@ -389,6 +395,6 @@ class SimModel:
 
     def _end(self, run: Run) -> None:
         request_id = run.generate.request_id
-        del self._live[request_id]
+        del self.requests[request_id]
         del self._running[request_id]
         self._free(run)

@@ -75,10 +75,13 @@ def run_of(generate: Generate, arrived: int, settings: SimSettings) -> Run | str
     for end in range(size, len(content) + 1, size):
         link = xxh3_64_intdigest(content[end - size : end], link)
         hashes.append(link)
+    most = generate.max_tokens
+    if generate.params:
+        most = min(most, max(1, int(generate.params) - generate.generated))
     return Run(
         generate,
         arrived,
-        output_max=min(generate.max_tokens, settings.max_model_len - len(prompt)),
+        output_max=min(most, settings.max_model_len - len(prompt)),
         checksum=zlib.crc32(content),
         hashes=hashes,
         length=len(prompt),
@@ -95,6 +98,8 @@ def _wrong(generate: Generate, content: bytes, settings: SimSettings) -> str | N
         return "a token id is outside the model's vocabulary"
     if generate.max_tokens < 1:
         return "max_tokens is below 1"
+    if generate.params and not generate.params.isdigit():
+        return "params is not the number of tokens after which it stops by itself"
     if generate.lora_name is not None:
         return "LoRA adapters are not served yet"
     outputs = 0 if generate.phase is Phase.PREFILL else generate.max_tokens
