@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 _COMMANDS = {
     "router": ("router.__main__", "the OpenAI endpoint in front of the workers"),
     "worker": ("workers.__main__", "one engine: prefill, decode, or both"),
+    "twin": ("router.twin.__main__", "the same router over simulated workers, on virtual time"),
     "up": ("deploy.local.up", "router, prefill and decode on this machine"),
     "keys": ("deploy.local.keys", "make the token channel's key files"),
     "models": ("deploy.local.models", "make the small model that the tests use"),
