@@ -125,3 +125,15 @@ def test_of_two_prompts_that_begin_alike_the_later_finds_the_earlier_s_blocks() 
 def test_flags_set_every_rate() -> None:
     told = sim_settings(["--sim-pair-ns", "2", "--sim-stream-us", "3", "--sim-context-ns", "4"])
     assert (told.pair_s, told.stream_s, told.context_token_s) == (2e-9, 3e-6, 4e-9)
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens"), [(b"5", 5), (b"90", 30), (b"", 30), (b"\x93vLLM", 30)]
+)
+def test_it_stops_by_itself_where_params_say_so(params: bytes, tokens: int) -> None:
+    model, now, deltas = engine(), 0.0, list[Delta]()
+    model.submit(Generate("r", Phase.BOTH, [1, 2, 3], 30, params))
+    while model.busy:
+        now += model.begin(now)
+        deltas += model.finish(now)
+    assert sum(len(d.token_ids) for d in deltas) == tokens

@@ -76,7 +76,7 @@ def run_of(generate: Generate, arrived: int, settings: SimSettings) -> Run | str
         link = xxh3_64_intdigest(content[end - size : end], link)
         hashes.append(link)
     most = generate.max_tokens
-    if generate.params:
+    if generate.params.isdigit():  # Where it stops by itself; what a front sends is vLLM's.
         most = min(most, max(1, int(generate.params) - generate.generated))
     return Run(
         generate,
@@ -98,8 +98,6 @@ def _wrong(generate: Generate, content: bytes, settings: SimSettings) -> str | N
         return "a token id is outside the model's vocabulary"
     if generate.max_tokens < 1:
         return "max_tokens is below 1"
-    if generate.params and not generate.params.isdigit():
-        return "params is not the number of tokens after which it stops by itself"
     if generate.lora_name is not None:
         return "LoRA adapters are not served yet"
     outputs = 0 if generate.phase is Phase.PREFILL else generate.max_tokens
