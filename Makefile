@@ -75,6 +75,14 @@ sim: setup  ## the whole fleet simulated: SEEDS (1000) runs from SEED (0) on; SE
 	@SEED=$(or $(SEED),0) SEEDS=$(or $(SEEDS),$(if $(SEED),1,1000)) \
 	    $(BIN)/python -m pytest tests/simulation/test_seeds.py -k 'every_request_ends' --maxfail 3
 
+.PHONY: twin
+twin: setup  ## policies side by side on virtual time (FLAGS="--trace … --fleet …"): tables, no engines
+	@$(BIN)/tandem twin --json reports/twin.json --plot reports/twin.svg $(FLAGS)
+
+.PHONY: twin-check
+twin-check: model  ## what the twin foretells of real engines, beside what they do: errors (six minutes)
+	@$(BIN)/python -m deploy.local.twin_check --model $(MODEL)
+
 .PHONY: bench
 bench: model  ## the router beside vLLM's bare front, disaggregated beside aggregated: tables
 	@$(BIN)/python -m loadtests.bench --model $(MODEL) --json reports/bench.json

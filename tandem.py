@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 _COMMANDS = {
     "router": ("router.__main__", "the OpenAI endpoint in front of the workers"),
     "worker": ("workers.__main__", "one engine: prefill, decode, or both"),
+    "twin": ("router.twin.__main__", "the same router over simulated workers, on virtual time"),
+    "calibrate": ("router.twin.calibrate", "measure real workers for the twin"),
     "up": ("deploy.local.up", "router, prefill and decode on this machine"),
     "keys": ("deploy.local.keys", "make the token channel's key files"),
     "models": ("deploy.local.models", "make the small model that the tests use"),
@@ -43,13 +45,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<9}{what}" for name, (_, what) in _COMMANDS.items()]
+    lines = [f"  {name:<11}{what}" for name, (_, what) in _COMMANDS.items()]
     return "\n".join(
         [
             "usage: tandem COMMAND [options]",
             "",
             *lines,
-            "  version  what is installed",
+            "  version    what is installed",
             "",
             "tandem COMMAND --help says more about one.",
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -62,3 +63,21 @@ def decode_extras(content: bytes, into: EngineCoreOutput) -> None:
 
 def _join(frames: Sequence[Any]) -> bytes:
     return _pack([bytes(frame) for frame in frames])
+
+
+def greedy(max_tokens: int) -> bytes:
+    """A request for exactly so many tokens and nothing else, for who measures an engine."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    return encode_request(
+        EngineCoreRequest(
+            request_id="",
+            prompt_token_ids=[],
+            mm_features=None,
+            sampling_params=sampling,
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+    )

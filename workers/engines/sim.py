@@ -88,6 +88,14 @@ def sim_settings(flags: list[str], lease_s: float = 30.0) -> SimSettings:
     add = parser.add_argument
     add("--sim-prefill-tokens-per-s", type=_positive, default=d.prefill_tokens_per_s)
     add("--sim-step-ms", type=_positive, default=d.step_s * 1000)
+    add(
+        "--sim-pair-ns",
+        type=_not_negative,
+        default=0,
+        help="attention, a prompt token and one before",
+    )
+    add("--sim-stream-us", type=_not_negative, default=0, help="a step, for each sequence in it")
+    add("--sim-context-ns", type=_not_negative, default=0, help="and for each token before those")
     add("--sim-blocks", type=_positive, default=d.blocks_total)
     add("--sim-instant", action="store_true", help="nothing takes time, no lease keeps anything")
     add("--block-size", type=_positive, default=d.block_tokens)
@@ -98,6 +106,9 @@ def sim_settings(flags: list[str], lease_s: float = 30.0) -> SimSettings:
     return SimSettings(
         prefill_tokens_per_s=args.sim_prefill_tokens_per_s,
         step_s=args.sim_step_ms / 1000,
+        pair_s=args.sim_pair_ns / 1e9,
+        stream_s=args.sim_stream_us / 1e6,
+        context_token_s=args.sim_context_ns / 1e9,
         blocks_total=int(args.sim_blocks),
         block_tokens=int(args.block_size),
         max_model_len=int(args.max_model_len),
@@ -112,4 +123,11 @@ def _positive(text: str) -> float:
     number = float(text)
     if number <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below zero")
     return number

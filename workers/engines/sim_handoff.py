@@ -187,8 +187,11 @@ class Pull:
     """None while the prompt is awaited."""
     seconds: float = 0.0
 
-    def look_again_s(self, now: float) -> float:
-        return LOOK_S if self.ready_at is None else min(PULL_NAP_S, self.ready_at - now)
+    def look_again_s(self, now: float, told_s: float = 0.0) -> float:
+        """`told_s`: whoever drives the engine says when the prompt is there, within so long."""
+        if self.ready_at is None:
+            return max(LOOK_S, told_s)
+        return self.ready_at - now if told_s else min(PULL_NAP_S, self.ready_at - now)
 
 
 def source_of(

@@ -7,17 +7,16 @@ came out); requests may come and go between the two.
 from __future__ import annotations
 
 import heapq
-import math
 import zlib
-from array import array
-from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 from workers.api import Delta, Finish, Generate, Load, Phase
 from workers.engines.base import Removed, Stored
 from workers.engines.sim_blocks import BlockPool
 from workers.engines.sim_handoff import PULL_NAP_S, Awaited, Keeper, Pull, release, source_of
-from workers.engines.sim_steps import step_of
+from workers.engines.sim_requests import Run, run_of
+from workers.engines.sim_steps import lasting_s, step_of, steps_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,42 +30,6 @@ FIRST_TOKEN: Final = 100
 """Ids below are special tokens in most vocabularies."""
 
 
-@dataclass(slots=True)
-class _Run:
-    """One request. `length` counts known tokens (prompt and output), `computed` those with KV."""
-
-    generate: Generate
-    arrived: int
-    output_max: int
-    checksum: int
-    hashes: list[int]
-    """Of the prompt's full blocks."""
-    length: int
-    computed: int = 0
-    outputs: int = 0
-    shared: list[int] = field(default_factory=list)
-    fresh: int = 0
-    cached: int | None = None
-    """Prompt tokens found in the cache at the first admission."""
-    handle: str | None = None
-    """The router's, under which this prompt will be kept."""
-    told: bool = False
-    """That its last step is near."""
-    pull: Pull | None = None
-    pulled: tuple[int, int, float] = (0, 0, 0.0)
-    """Tokens, bytes, seconds."""
-    pull_error: str | None = None
-
-    @property
-    def computes(self) -> bool:
-        """The prompt, here: none of it awaits another's, and no token is out."""
-        return not self.outputs and self.pull is None
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return self.generate.priority, self.arrived
-
-
 class SimModel:
     """All requests of one simulated engine."""
 
@@ -75,15 +38,18 @@ class SimModel:
         self._epoch = epoch
         self._handoffs = handoffs
         self._pool = BlockPool(settings.blocks_total)
-        self._live: dict[str, _Run] = {}
+        self.requests: dict[str, Run] = {}
         self._waiting: list[tuple[int, int, str]] = []
-        self._running: dict[str, _Run] = {}
-        self._plan: list[tuple[_Run, int]] = []
+        self._running: dict[str, Run] = {}
+        self._plan: list[tuple[Run, int]] = []
         self._keeper = Keeper(epoch, handoffs)
         self._rejected: list[Delta] = []
         self._changes: list[CacheChange] = []
         self._arrivals = 0
         self._steps = 0
+        self._budget = 0
+        self._preempted = False
+        self._alike = 1
         self._step: Step | None = None  # The last one, and the one under way.
         self._begun: Step | None = None
 
@@ -91,37 +57,24 @@ class SimModel:
 
     @property
     def busy(self) -> bool:
-        return bool(self._live or self._rejected)
+        return bool(self.requests or self._rejected)
 
     def submit(self, generate: Generate) -> None:
         """Queue it; what is wrong with it comes out of the next step."""
-        if reason := self._wrong(generate):
-            self._rejected.append(Delta(generate.request_id, [], Finish.INVALID, error=reason))
+        run = run_of(generate, self._arrivals + 1, self.settings)
+        if isinstance(run, str):
+            self._rejected.append(Delta(generate.request_id, [], Finish.INVALID, error=run))
             return
-        prompt, size = generate.prompt_token_ids, self.settings.block_tokens
-        salt = zlib.crc32(f"{generate.cache_salt}\0{generate.lora_name}".encode())
-        hashes, link = [], salt
-        for end in range(size, len(prompt) + 1, size):
-            link = hash((link, *prompt[end - size : end]))
-            hashes.append(link)
         self._arrivals += 1
-        run = _Run(
-            generate,
-            arrived=self._arrivals,
-            output_max=min(generate.max_tokens, self.settings.max_model_len - len(prompt)),
-            checksum=zlib.crc32(array("I", prompt).tobytes()),
-            hashes=hashes,
-            length=len(prompt),
-            handle=self._keeper.expect(generate),
-        )
-        self._live[generate.request_id] = run
+        run.handle = self._keeper.expect(generate)
+        self.requests[generate.request_id] = run
         heapq.heappush(self._waiting, (*run.order, generate.request_id))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         gone = list(request_ids)
         self._rejected = [d for d in self._rejected if d.request_id not in gone]
         for request_id in gone:
-            if run := self._live.pop(request_id, None):
+            if run := self.requests.pop(request_id, None):
                 self._running.pop(request_id, None)
                 self._free(run)
                 self._keeper.cancel(run.handle, "the prefill was aborted")
@@ -132,56 +85,52 @@ class SimModel:
         for content in tickets:
             release(content, self._handoffs, now)
 
-    def _wrong(self, generate: Generate) -> str | None:
-        s, prompt = self.settings, generate.prompt_token_ids
-        if not prompt:
-            return "the prompt is empty"
-        if len(prompt) >= s.max_model_len:
-            return f"the prompt has {len(prompt)} tokens, the model at most {s.max_model_len}"
-        if not 0 <= min(prompt) <= max(prompt) < 1 << 31:
-            return "a token id is outside the model's vocabulary"
-        if generate.max_tokens < 1:
-            return "max_tokens is below 1"
-        if generate.lora_name is not None:
-            return "LoRA adapters are not served yet"
-        outputs = 0 if generate.phase is Phase.PREFILL else generate.max_tokens
-        tokens = min(len(prompt) + outputs, s.max_model_len)
-        if (needed := self._blocks(tokens)) > s.blocks_total:
-            return f"it may need {needed} KV blocks, the engine has {s.blocks_total}"
-        return None
-
     # ------------------------------------------------------------ a step
 
-    def begin(self, now: float) -> float:
-        """Choose what runs; seconds until `finish` is due."""
-        s = self.settings
+    def begin(self, now: float, alike_s: float = 0.0) -> float:
+        """Choose what runs; seconds until `finish` is due.
+
+        `alike_s`: steps that bring nothing but one token more to each sequence may be done at once,
+        as many as end within so many seconds. Then whoever drives it says so (`cut`) when something
+        comes in, or a prompt is done that is `awaited` here.
+        """
         self._expire(now)
         self._end_pulls(now)
+        self._plan_running()
         self._admit(now)
-        self._plan = []
-        budget = s.chunk_tokens
-        for run in list(self._running.values()):
-            if run.pull is not None or run.generate.request_id not in self._running:
-                continue
-            chunk = min(run.length - run.computed, budget)
-            if chunk and self._grow(run, run.computed + chunk):
-                budget -= chunk
-                self._plan.append((run, chunk))
-        self._begun = step_of(self._plan, s)
-        if s.instant:
+        step = self._begun = step_of(self._plan, self.settings)
+        self._alike = 1
+        if self.settings.instant:
             return 0.0
-        if self._begun is not None:
-            return self._begun.seconds
-        naps = [r.pull.look_again_s(now) for r in self._running.values() if r.pull]
-        return max(0.0, min(naps, default=PULL_NAP_S)) if self._live else 0.0
+        pulls = [r.pull for r in self._running.values() if r.pull is not None]
+        if step is not None:
+            over_s = min((p.ready_at - now for p in pulls if p.ready_at is not None), default=inf)
+            if min(alike_s, over_s) > step.seconds and self._steady:
+                self._alike = self._count_alike(step, min(alike_s, over_s))
+            return lasting_s(step, self._alike, self.settings)
+        nap_s = min((p.look_again_s(now, alike_s) for p in pulls), default=PULL_NAP_S)
+        return max(0.0, nap_s) if self.requests else 0.0
+
+    def cut(self, elapsed_s: float) -> float:
+        """Something came in: no more steps at once than have begun. Seconds from `begin` on."""
+        if self._begun is None:
+            return elapsed_s
+        if self._alike > 1:
+            done = steps_within(self._begun, elapsed_s, self.settings)
+            self._alike = min(self._alike, done + 1)
+        return lasting_s(self._begun, self._alike, self.settings)
 
     def finish(self, now: float) -> list[Delta]:
         """End the step that `begin` chose. Requests aborted or preempted since bring nothing."""
-        self._steps += 1
+        self._steps += self._alike
         self._step = self._begun
         deltas, self._rejected = self._rejected, []
         for run, chunk in self._plan:
             if self._running.get(run.generate.request_id) is not run:
+                continue
+            if run.next_generates:
+                run.computed += self._alike
+                deltas.append(self._generated(run, self._alike))
                 continue
             run.computed += chunk
             if run.outputs == 0:
@@ -197,23 +146,71 @@ class SimModel:
 
     def load(self, now: float) -> Load:
         self._expire(now)
-        queued = sum(r.length - r.computed for r in self._live.values() if r.computes)
+        queued = sum(r.length - r.computed for r in self.requests.values() if r.computes)
         return Load(
-            self._steps, self.busy, len(self._running), len(self._live) - len(self._running),
+            self._steps, self.busy, len(self._running), len(self.requests) - len(self._running),
             queued, self._pool.free, self._pool.total, len(self._keeper), step=self._step,
         )  # fmt: skip
 
     # ------------------------------------------------------------ admission, growth, preemption
 
+    def _plan_running(self) -> None:
+        """As in vLLM, those that run come first."""
+        self._plan = []
+        self._budget = self.settings.chunk_tokens
+        self._preempted = False
+        for run in list(self._running.values()):
+            if run.pull is not None or run.generate.request_id not in self._running:
+                continue
+            chunk = min(run.length - run.computed, self._budget)
+            if chunk and self._grow(run, run.computed + chunk):
+                self._budget -= chunk
+                self._plan.append((run, chunk))
+
     def _admit(self, now: float) -> None:
+        """As in vLLM, with what tokens are left of the step, and none where one had to go.
+
+        So of two prompts that begin alike the later finds what the earlier left in the cache.
+        """
         while self._waiting and len(self._running) < self.settings.running_max:
-            request_id = self._waiting[0][2]
-            run = self._live.get(request_id)
-            if run is not None and request_id not in self._running and not self._enter(run, now):
+            if not self._budget or self._preempted:
                 return
+            request_id = self._waiting[0][2]
+            run = self.requests.get(request_id)
+            if run is not None and request_id not in self._running:
+                if not self._enter(run, now):
+                    return
+                if run.pull is None:
+                    chunk = min(run.length - run.computed, self._budget)
+                    self._budget -= chunk
+                    self._plan.append((run, chunk))
             heapq.heappop(self._waiting)  # Entered, or aborted meanwhile.
 
-    def _enter(self, run: _Run, now: float) -> bool:
+    @property
+    def _steady(self) -> bool:
+        """All that runs generates; what waits, can't be let in before something ends."""
+        return not self._rejected and all(run.next_generates for run, _ in self._plan)
+
+    @property
+    def awaits(self) -> bool:
+        """Prompts that are computed elsewhere."""
+        return any(r.pull is not None and r.pull.ready_at is None for r in self._running.values())
+
+    def _count_alike(self, step: Step, seconds: float) -> int:
+        """Steps like this one: none ends a request but the last, and no one's blocks are needed."""
+        count = min(run.output_max - run.outputs for run, _ in self._plan)
+        count = min(count, steps_within(step, seconds, self.settings))
+        needed = sum(
+            self._blocks(run.computed + count) - len(run.shared) - run.fresh
+            for run, _ in self._plan
+        )
+        if count <= 1 or needed > self._pool.free:
+            return 1
+        for run, _ in self._plan:
+            self._grow(run, run.computed + count)
+        return count
+
+    def _enter(self, run: Run, now: float) -> bool:
         # As in vLLM, at least one token is always computed: there is no output without.
         size = self.settings.block_tokens
         usable = run.hashes[: (run.length - 1) // size]
@@ -228,7 +225,7 @@ class SimModel:
         self._running[run.generate.request_id] = run
         return True
 
-    def _grow(self, run: _Run, tokens: int) -> bool:
+    def _grow(self, run: Run, tokens: int) -> bool:
         """Room for the KV of so many tokens, taken from later requests if need be."""
         while (more := self._blocks(tokens) - len(run.shared) - run.fresh) > 0:
             if self._pool.take((), more):
@@ -242,7 +239,8 @@ class SimModel:
                 return False
         return True
 
-    def _preempt(self, run: _Run) -> None:
+    def _preempt(self, run: Run) -> None:
+        self._preempted = True
         self._plan = [(r, n) for r, n in self._plan if r is not run]
         self._free(run)
         run.computed = 0
@@ -250,11 +248,11 @@ class SimModel:
         del self._running[request_id]
         heapq.heappush(self._waiting, (*run.order, request_id))
 
-    def _free(self, run: _Run) -> None:
+    def _free(self, run: Run) -> None:
         self._pool.give_back(run.shared, run.fresh)
         run.shared, run.fresh = [], 0
 
-    def _publish(self, run: _Run) -> None:
+    def _publish(self, run: Run) -> None:
         """Let others find the prompt's blocks that are full now."""
         size, first = self.settings.block_tokens, len(run.shared)
         full = min(run.computed // size, len(run.hashes))
@@ -285,11 +283,11 @@ class SimModel:
         return changes
 
     def _blocks(self, tokens: int) -> int:
-        return math.ceil(tokens / self.settings.block_tokens)
+        return -(-tokens // self.settings.block_tokens)
 
     # ------------------------------------------------------------ handoff
 
-    def _begin_pull(self, run: _Run, now: float) -> None:
+    def _begin_pull(self, run: Run, now: float) -> None:
         generate = run.generate
         if generate.phase is not Phase.DECODE or generate.ticket is None:
             return
@@ -301,7 +299,7 @@ class SimModel:
             run.pull = Pull(source)
             self._look(run, run.pull, now)
 
-    def _look(self, run: _Run, pull: Pull, now: float) -> None:
+    def _look(self, run: Run, pull: Pull, now: float) -> None:
         """Whether its prompt is there to be read now."""
         s = self.settings
         try:
@@ -334,7 +332,7 @@ class SimModel:
                 run.computed = run.length - 1
                 self._publish(run)
 
-    def _keep(self, run: _Run, now: float) -> bytes | None:
+    def _keep(self, run: Run, now: float) -> bytes | None:
         """Move the request's blocks under a lease; its ticket, unless the router made one."""
         handle, prompt = run.handle, (run.length, run.checksum)
         if run.generate.ticket is not None and handle is None:
@@ -355,30 +353,32 @@ class SimModel:
 
     # ------------------------------------------------------------ out
 
-    def _answer(self, run: _Run, now: float) -> Delta:
-        request_id = run.generate.request_id
-        first = run.outputs == 0
-        cached = run.cached if first else None
+    def _answer(self, run: Run, now: float) -> Delta:
+        """The prompt is computed, or computed again."""
         if run.generate.phase is Phase.PREFILL:
             return self._prefilled(run, now)
-        token = self._sample(run)
-        run.outputs += 1
-        run.length += 1
-        done = run.outputs >= run.output_max
-        if done:
-            self._end(run)
-        finish = Finish.LENGTH if done else None
+        first = run.outputs == 0
+        delta = self._generated(run, 1)
         if not first:
-            return Delta(request_id, [token], finish)
+            return delta
         tokens, size, seconds = run.pulled
         return Delta(
-            request_id, [token], finish, cached_tokens=cached,
+            delta.request_id, delta.token_ids, delta.finish, cached_tokens=run.cached,
             kv_tokens=tokens, kv_bytes=size, kv_s=seconds, kv_failed=run.pull_error,
         )  # fmt: skip
 
-    def _prefilled(self, run: _Run, now: float) -> Delta:
+    def _generated(self, run: Run, count: int) -> Delta:
+        tokens = [self._sample(run)] * count  # Of several at once nobody reads the text.
+        run.outputs += count
+        run.length += count
+        done = run.outputs >= run.output_max
+        if done:
+            self._end(run)
+        return Delta(run.generate.request_id, tokens, Finish.LENGTH if done else None)
+
+    def _prefilled(self, run: Run, now: float) -> Delta:
         request_id, relay = run.generate.request_id, run.generate.relay
-        if relay and run.generate.max_tokens == 1:  # Nothing is left to hand off.
+        if relay and run.output_max == 1:  # Nothing is left to hand off.
             self._keeper.cancel(run.handle, "its first token was its last")
             finish, ticket = Finish.LENGTH, None
         else:
@@ -387,7 +387,7 @@ class SimModel:
         self._end(run)
         return Delta(request_id, tokens, finish, ticket=ticket, cached_tokens=run.cached)
 
-    def _sample(self, run: _Run) -> int:
+    def _sample(self, run: Run) -> int:
         """A function of all tokens so far: whoever goes on from here says the same."""
         token = FIRST_TOKEN + (run.checksum * 2_654_435_761 >> 7) % (
             self.settings.vocabulary - FIRST_TOKEN
@@ -395,8 +395,8 @@ class SimModel:
         run.checksum = zlib.crc32(token.to_bytes(4, "little"), run.checksum)
         return token
 
-    def _end(self, run: _Run) -> None:
+    def _end(self, run: Run) -> None:
         request_id = run.generate.request_id
-        del self._live[request_id]
+        del self.requests[request_id]
         del self._running[request_id]
         self._free(run)

@@ -7,11 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SimSettings:
-    """How fast, how large. The defaults are the 135M model on one core."""
+    """The defaults are the 135M model on one core, without what its contexts cost.
+
+    A step takes `step_s`, and for each prompt token 1/`prefill_tokens_per_s`, for each pair of a
+    prompt token and one up to it `pair_s`, for each sequence that generates `stream_s`, and for
+    each token before one of those `context_token_s`.
+    """
 
     prefill_tokens_per_s: float = 1000.0
     step_s: float = 0.02
-    """Of a step without prefill, whatever its batch."""
+    pair_s: float = 0.0
+    stream_s: float = 0.0
+    context_token_s: float = 0.0
     blocks_total: int = 2048
     block_tokens: int = 16
     token_bytes: int = 23_040

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 from workers.api import Step
@@ -23,14 +24,38 @@ def step_of(plan: Sequence[tuple[Running, int]], settings: SimSettings) -> Step 
     """Of requests, each with the tokens that the step computes of it; None for none."""
     if not plan:
         return None
-    prefill = [(r, n) for r, n in plan if n > 1 or not r.outputs]
-    decode = [r for r, n in plan if n == 1 and r.outputs]
-    tokens = sum(n for _, n in prefill)
-    seconds = settings.step_s + tokens / settings.prefill_tokens_per_s
+    s = settings
+    tokens = prefill_context = pairs = decodes = context = 0
+    for run, count in plan:
+        if count > 1 or not run.outputs:
+            tokens += count
+            prefill_context += run.computed
+            pairs += count * (2 * run.computed + count + 1)
+        else:
+            decodes += 1
+            context += run.computed
+    seconds = s.step_s + tokens / s.prefill_tokens_per_s + pairs / 2 * s.pair_s
+    seconds += decodes * s.stream_s + context * s.context_token_s
     return Step(
-        0.0 if settings.instant else seconds,
+        0.0 if s.instant else seconds,
         prefill_tokens=tokens,
-        prefill_context=sum(r.computed for r, _ in prefill),
-        decodes=len(decode),
-        context_tokens=sum(r.computed for r in decode),
+        prefill_context=prefill_context,
+        decodes=decodes,
+        context_tokens=context,
     )
+
+
+def lasting_s(step: Step, count: int, settings: SimSettings) -> float:
+    """Seconds of so many steps from this one on, which but generate: each has one token more
+    before each of its sequences."""
+    more_s = step.decodes * settings.context_token_s
+    return count * step.seconds + more_s * (count * (count - 1) / 2)
+
+
+def steps_within(step: Step, seconds: float, settings: SimSettings) -> int:
+    """How many such steps end by then; 0 for none."""
+    more_s, first_s = step.decodes * settings.context_token_s, step.seconds
+    if seconds < first_s or first_s <= 0:
+        return 0
+    half = first_s - more_s / 2  # more/2 n^2 + half n = seconds, and no difference of equals.
+    return max(1, int(2 * seconds / (half + math.sqrt(half * half + 2 * more_s * seconds))))

@@ -1,0 +1,193 @@
+"""`make twin-check`: what the twin foretells of real engines, beside what they do.
+
+One prefill and one decode worker with SmolLM2 are calibrated; then prompts come in that were not
+calibrated on, at three levels of load. `--replay FILE` foretells again what a former run measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final
+
+from deploy.local.group import LocalGroup
+from deploy.local.models import prepare
+from deploy.local.streams import Heard, play
+from router.twin import fleet
+from router.twin.calibrate import as_toml, measure
+from router.twin.compare import Comparison, to_stderr
+from router.twin.outcomes import GAP_GRAIN_S
+from router.twin.run import Options, Twin
+from router.twin.sweeps import Sweep
+from router.twin.traces import Request, Trace, own_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from router.twin.fleet import FleetPlan
+
+FLAGS: Final = ["--max-model-len", "4096", "--enforce-eager"]
+LOADS: Final = (0.25, 0.5, 0.75)
+"""Of the time that the prefill worker has, what prompts take."""
+TARGET: Final = 0.10
+REST_S: Final = 2.0
+_QUANTILES: Final = (0.5, 0.9)
+_ALONE: Final = 9
+"""Requests, one at a time, from which the front's own time is known."""
+
+
+def main() -> int:
+    """0 when it was measured; a missed target is printed and is no failure."""
+    args = _parser().parse_args()
+    if args.replay is not None:
+        measured = json.loads(args.replay.read_text(encoding="utf-8"))
+    else:
+        measured = asyncio.run(_measure(args))
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+        args.json.with_suffix(".toml").write_text(measured["fleet"], encoding="utf-8")
+    plan = fleet.read(str(args.fleet)) if args.fleet else _plan(measured["fleet"])
+    print(_table(measured, plan))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m deploy.local.twin_check")
+    add = parser.add_argument
+    add("--model", default="smollm2-135m")
+    add("--requests", type=int, default=60, help="at each level; default: %(default)s")
+    add(
+        "--json",
+        type=Path,
+        default=Path("reports/twin-check.json"),
+        help="what was measured; beside it, as .toml, the fleet; default: %(default)s",
+    )
+    add("--replay", type=Path, help="foretell again what this file has, without engines")
+    add("--fleet", type=Path, help="with another fleet than the calibrated one")
+    return parser  # fmt: skip
+
+
+# ---------------------------------------------------------------- real engines
+
+
+async def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    prepare(args.model)
+    flags = ["--disaggregate", "always"]
+    with LocalGroup(args.model, flags=FLAGS, router_flags=flags, progress=to_stderr) as group:
+        channels = [w.channel for w in group.workers]
+        found = await asyncio.to_thread(measure, channels, Sweep(), to_stderr)
+        alone = await _alone(group.url, args.model)
+        plan = _plan(as_toml(found, latency_ms=0.2, front_ms=0.0))
+        front_s = max(0.0, median(h.ttft_s for h in alone) - _lone_s(plan))
+        to_stderr(f"the front takes {front_s * 1000:.1f} ms")
+        levels = []
+        for at, load in enumerate(LOADS):
+            await asyncio.sleep(REST_S)
+            requests = _requests(plan, load, args.requests, seed=at)
+            to_stderr(f"load {load:.0%}: {len(requests)} requests in {requests[-1].at_s:.0f} s")
+            heard = await play(group.url, args.model, requests, seed=1000 + at)
+            levels.append(
+                {
+                    "load": load,
+                    "requests": [(r.at_s, r.input_tokens, r.output_tokens) for r in requests],
+                    "heard": [asdict(h) for h in heard],
+                }
+            )
+    return {
+        "fleet": as_toml(found, latency_ms=0.2, front_ms=front_s * 1000),
+        "alone": [asdict(h) for h in alone],
+        "samples": {x.hello.worker_id: [x.samples.rows, x.samples.seconds] for x in found},
+        "handoffs": next((x.handoffs for x in found if x.handoffs), []),
+        "levels": levels,
+    }
+
+
+_LONE: Final = Request(0.0, 128, 4, own_blocks(0, 128))
+
+
+async def _alone(url: str, model: str) -> list[Heard]:
+    heard = []
+    for n in range(_ALONE + 1):
+        heard += await play(url, model, [_LONE], seed=500 + n)
+        await asyncio.sleep(0.2)
+    return heard[1:]
+
+
+def _lone_s(plan: FleetPlan) -> float:
+    return _foretold(plan, [_LONE]).outcomes.ttft_s(0)
+
+
+def _plan(toml: str) -> FleetPlan:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fleet.toml"
+        path.write_text(toml, encoding="utf-8")
+        return fleet.read(str(path))
+
+
+def _requests(plan: FleetPlan, load: float, count: int, seed: int) -> list[Request]:
+    """Chats: prompts log-normal around 250 tokens, a dozen to four dozen tokens out."""
+    rng = random.Random(f"twin-check/{seed}")
+    lengths = [round(min(1500, max(24, rng.lognormvariate(5.5, 0.8)))) for _ in range(count)]
+    s = next(w.settings for w in plan.workers if w.role == "prefill")
+    work_s = sum(
+        s.step_s + n / s.prefill_tokens_per_s + n * (n + 1) / 2 * s.pair_s for n in lengths
+    )
+    per_s = load * count / work_s
+    ats = accumulate(rng.expovariate(per_s) for _ in range(count))
+    return [
+        Request(at_s, tokens, rng.randint(12, 48), own_blocks(n, tokens))
+        for n, (at_s, tokens) in enumerate(zip(ats, lengths, strict=True))
+    ]
+
+
+# ---------------------------------------------------------------- foretold
+
+
+def _foretold(plan: FleetPlan, requests: Sequence[Request]) -> Twin:
+    comparison = Comparison(Trace("twin-check", requests), plan, options=Options(alike_s=0.0))
+    twin = Twin(comparison.trace, plan, comparison.options)
+    twin.run(comparison.policy("ours-always", twin))
+    return twin
+
+
+def _table(measured: dict[str, Any], plan: FleetPlan) -> str:
+    lines = ["| load | | real p50 | foretold | error | real p90 | foretold | error |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    worst = 0.0
+    for level in measured["levels"]:
+        requests = [
+            Request(at_s, tokens, outputs, own_blocks(n, tokens))
+            for n, (at_s, tokens, outputs) in enumerate(level["requests"])
+        ]
+        outcomes = _foretold(plan, requests).outcomes
+        gaps = [gap * GAP_GRAIN_S for gap in outcomes.gaps.elements()]
+        for name, real, said in (
+            ("TTFT", [h["ttft_s"] for h in level["heard"]],
+             [outcomes.ttft_s(n) for n in range(len(outcomes))]),
+            ("ITL", [g for h in level["heard"] for g in h["gaps_s"]], gaps),
+        ):  # fmt: skip
+            cells = []
+            for q in _QUANTILES:
+                a, b = _quantile(real, q), _quantile(said, q)
+                worst = max(worst, abs(b / a - 1))
+                cells += [f"{a * 1000:.1f} ms", f"{b * 1000:.1f} ms", f"{b / a - 1:+.1%}"]
+            lines.append(f"| {level['load']:.0%} | {name} | " + " | ".join(cells) + " |")
+    reached = "reached" if worst <= TARGET else "missed"
+    lines += ["", f"worst error {worst:.1%}; the target of {TARGET:.0%} is {reached}"]
+    return "\n".join(lines)
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    return sorted(values)[round(q * (len(values) - 1))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""What is measured of real workers: prompts alone, sequences that generate, and handoffs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from itertools import pairwise, product
+from typing import TYPE_CHECKING
+
+from router.twin.probe import ProbeFailed
+from workers.api import Finish, Generate, Phase, Release, Role, make_ticket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from router.twin.probe import Call, Line, Probe
+    from workers.api import Delta, Step
+
+Row = tuple[float, float, float, float, float]
+"""What a rate each explains: steps, prompt tokens, pairs that attention looks at, sequences that
+generate, tokens before those."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """How much is measured; the defaults take a small CPU engine about three minutes."""
+
+    prompts: tuple[int, ...] = (16, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3000)
+    repeats: int = 3
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16)
+    contexts: tuple[int, ...] = (64, 512, 1500)
+    outputs: int = 24
+    handoffs: tuple[int, ...] = (64, 256, 512, 1024, 2048)
+
+
+@dataclass(slots=True)
+class Samples:
+    """Of one worker's steps."""
+
+    rows: list[Row] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def add(self, row: Row, seconds: float) -> None:
+        self.rows.append(row)
+        self.seconds.append(seconds)
+
+
+class Sweeper:
+    """Asks, one thing after the other. `params` encodes for the engine a number of tokens."""
+
+    def __init__(self, probe: Probe, sweep: Sweep, params: Callable[[int], bytes]) -> None:
+        self._probe = probe
+        self._sweep = sweep
+        self._params = params
+        self._rng = random.Random(0)
+
+    # ------------------------------------------------------------ prompts
+
+    def prompts(self, line: Line) -> tuple[Samples, int]:
+        """Each alone, from the asking to the answer; and the tokens that one step takes at most."""
+        self._prompt_s(line, 32)  # The first of all connects, and compiles.
+        took: list[tuple[int, int, float]] = []
+        for tokens, _ in product(self._fitting(line), range(self._sweep.repeats)):
+            seconds = self._prompt_s(line, tokens)
+            took.append((tokens, self._last_step(line).prefill_tokens, seconds))
+        chunk = chunk_of([(tokens, last) for tokens, last, _ in took], line.hello.max_model_len)
+        samples = Samples()
+        for tokens, _, seconds in took:
+            pairs = tokens * (tokens + 1) / 2
+            samples.add((-(-tokens // chunk), tokens, pairs, 0, 0), seconds)
+        return samples, chunk
+
+    def _fitting(self, line: Line) -> list[int]:
+        most = min(line.hello.max_model_len - 1, line.hello.blocks_total * line.hello.block_tokens)
+        return [tokens for tokens in self._sweep.prompts if tokens < most - self._sweep.outputs]
+
+    def _prompt_s(self, line: Line, tokens: int) -> float:
+        call, ticket = self._ask(line, self._fresh(tokens), 1)
+        self._probe.wait([call])
+        if line.hello.role is Role.PREFILL:
+            line.say(Release([t for t in (ticket, call.deltas[-1][1].ticket) if t is not None]))
+        return call.first_at - call.sent_at
+
+    def _last_step(self, line: Line) -> Step:
+        step = line.batches[-1][1].load.step
+        if step is None:
+            raise ProbeFailed(f"{line.hello.worker_id} does not tell what its steps computed")
+        return step
+
+    # ------------------------------------------------------------ generating
+
+    def decodes(self, line: Line) -> Samples:
+        """Steps of so many sequences with so much before them, from one to the next."""
+        samples = Samples()
+        for context, count in product(self._sweep.contexts, self._sweep.batches):
+            room = line.hello.blocks_total * line.hello.block_tokens
+            if context + count * (line.hello.block_tokens + self._sweep.outputs) > room:
+                continue
+            shared = self._fresh(context)  # So that it is computed once.
+            seen = len(line.batches)
+            calls = [
+                self._ask(line, [*shared, *self._fresh(4)], self._sweep.outputs)[0]
+                for _ in range(count)
+            ]
+            self._probe.wait(calls)
+            for (before, was), (at, batch) in pairwise(line.batches[seen:]):
+                step = batch.load.step
+                steady = batch.load.steps == was.load.steps + 1
+                if steady and step and step.decodes == count and not step.prefill_tokens:
+                    samples.add((1, 0, 0, count, step.context_tokens), at - before)
+        return samples
+
+    # ------------------------------------------------------------ handoff
+
+    def handoffs(self, prefill: Line, decode: Line) -> list[tuple[int, float, float]]:
+        """(tokens, from the prefill's answer to the decode worker's, its next token): seconds."""
+        found = []
+        self._handoff(prefill, decode, 64)  # The first between two connects them.
+        for tokens, _ in product(self._sweep.handoffs, range(self._sweep.repeats)):
+            if tokens in self._fitting(decode):
+                found.append(self._handoff(prefill, decode, tokens))
+        return found
+
+    def _handoff(self, prefill: Line, decode: Line, tokens: int) -> tuple[int, float, float]:
+        """As the router does it: the decode worker is asked when the last step is told."""
+        prompt = self._fresh(tokens)
+        asked: list[Call] = []
+        first, ticket = self._ask(prefill, prompt, 4)
+
+        def told(call: Call, delta: Delta) -> None:
+            found = ticket or delta.ticket
+            due = delta.last_step or delta.finish is Finish.PREFILLED
+            if call is first and due and found is not None and not asked:
+                asked.append(self._ask(decode, prompt, 4, found)[0])
+
+        self._probe.wait([first], told)
+        if not asked:
+            raise ProbeFailed(f"{prefill.hello.worker_id} finished a prompt and gave no ticket")
+        self._probe.wait(asked)
+        call = asked[0]
+        answer = next(d for _, d in call.deltas if d.token_ids)
+        if answer.kv_failed is not None:
+            raise ProbeFailed(f"the handoff failed: {answer.kv_failed}")
+        ats = [at for at, d in call.deltas if d.token_ids]
+        gaps = sorted(b - a for a, b in pairwise(ats))
+        return tokens, max(0.0, ats[0] - first.deltas[-1][0]), gaps[len(gaps) // 2]
+
+    # ------------------------------------------------------------ asking
+
+    def _ask(
+        self, line: Line, prompt: list[int], outputs: int, ticket: bytes | None = None
+    ) -> tuple[Call, bytes | None]:
+        """And the ticket, where the router makes it. `ticket`: of the handoff that it ends."""
+        name, phase = self._probe.name(), Phase.BOTH if ticket is None else Phase.DECODE
+        if line.hello.role is Role.PREFILL:
+            phase, ticket = Phase.PREFILL, make_ticket(line.hello, name)
+        relay = phase is Phase.PREFILL and ticket is not None and outputs > 1
+        generate = Generate(
+            name, phase, prompt, outputs, self._params(outputs), ticket, relay=relay
+        )
+        return self._probe.ask(line, generate), ticket
+
+    def _fresh(self, tokens: int) -> list[int]:
+        """Ids from the middle of any vocabulary, which no cache has seen."""
+        return [self._rng.randrange(1000, 30_000) for _ in range(tokens)]
+
+
+def chunk_of(seen: list[tuple[int, int]], most: int) -> int:
+    """Most prompt tokens of a step, from prompts and what their last steps computed of them."""
+    longest = max((tokens for tokens, last in seen if tokens == last), default=0)
+    if all(tokens == last for tokens, last in seen):
+        return most
+    candidates = [
+        chunk
+        for chunk in range(max(1, longest), max(tokens for tokens, _ in seen))
+        if all((tokens - 1) % chunk + 1 == last for tokens, last in seen)
+    ]
+    if not candidates:
+        raise ProbeFailed("the steps of long prompts do not add up: is the worker busy otherwise?")
+    return candidates[-1]

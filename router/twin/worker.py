@@ -1,0 +1,135 @@
+"""A simulated worker without sockets or tasks: it is told the time, and says when to ask it.
+
+What `workers.server.Worker` does for one router, over the same engine model and cache mirror.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from workers.api import (
+    LOAD_INTERVAL_S,
+    PROTOCOL,
+    Abort,
+    Batch,
+    Generate,
+    KvAsk,
+    KvEvent,
+    KvRemoved,
+    Release,
+    WorkerHello,
+)
+from workers.cache_mirror import CacheMirror
+from workers.engines.sim_model import SimModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from router.twin.fleet import WorkerPlan
+    from workers.api import Delta, Load, ToRouter, ToWorker
+    from workers.engines.sim_blocks import Handoffs
+
+IDLE_INTERVAL_S: Final = 4.0
+"""One with nothing to do says so less often than a real one does, which nobody can tell: its load
+stays what it was, and silence begins at `SILENCE_S`."""
+_GAP: Final[list[KvEvent]] = [KvRemoved([])]
+
+
+class SimWorker:
+    """`begin` and `finish` bound a step; in between `receive` may be called, and moves its end."""
+
+    def __init__(self, plan: WorkerPlan, handoffs: Handoffs, alike_s: float) -> None:
+        """`alike_s`: steps that only generate are done at once, up to so many seconds of them."""
+        self.plan = plan
+        self.worker_id = plan.worker_id
+        handoffs.join(plan.worker_id, plan.settings.lease_s)
+        self.model = SimModel(plan.settings, plan.worker_id, handoffs)
+        self.heard = 0
+        """`Generate`s."""
+        self.busy_s = 0.0
+        """In steps that computed something."""
+        self.told_at = 0.0
+        self.version = 0
+        """Of the end of its step: moved by what comes in."""
+        self.stepping = False
+        self._began_at = 0.0
+        self._alike_s = alike_s
+        self._mirror = CacheMirror()
+        self._kv_seq: int | None = None
+
+    @property
+    def hello(self) -> WorkerHello:
+        s = self.plan.settings
+        return WorkerHello(
+            protocol=PROTOCOL, worker_id=self.worker_id, epoch=self.worker_id,
+            role=self.plan.role, engine="sim", engine_version="", model="sim",
+            model_digest="", tokenizer_digest="", kv_digest=f"sim-{s.block_tokens}-{s.token_bytes}",
+            transports=["memory"], block_tokens=s.block_tokens,
+            block_bytes=s.block_tokens * s.token_bytes, blocks_total=s.blocks_total,
+            max_model_len=s.max_model_len, lease_s=s.lease_s,
+            handoff_endpoint="sim" if s.streams else "",
+        )  # fmt: skip
+
+    @property
+    def cached_blocks(self) -> int:
+        """In its prefix cache, as the mirror has it."""
+        return len(self._mirror)
+
+    @property
+    def interval_s(self) -> float:
+        """It is silent for no longer."""
+        return LOAD_INTERVAL_S if self.model.busy else IDLE_INTERVAL_S
+
+    # ------------------------------------------------------------ from the router
+
+    def receive(self, message: ToWorker, now: float) -> Iterator[ToRouter]:
+        match message:
+            case Generate():
+                self.heard += 1
+                self.model.submit(message)
+            case Abort(request_ids):
+                self.model.abort(request_ids)
+            case Release(tickets):
+                self.model.release(tickets, now)
+            case KvAsk():
+                self._mirror.apply(self.model.cache_changes())
+                self._kv_seq = self._mirror.seq
+                yield from self._mirror.snapshot()
+
+    # ------------------------------------------------------------ steps
+
+    def begin(self, now: float) -> float:
+        """The next step; when it ends."""
+        self.stepping, self._began_at = True, now
+        self.version += 1
+        return now + self.model.begin(now, self._alike_s)
+
+    def interrupted(self, now: float) -> float:
+        """When the step that is under way ends, now that something has come in."""
+        self.version += 1
+        return max(now, self._began_at + self.model.cut(now - self._began_at))
+
+    def finish(self, now: float) -> Batch | None:
+        """Nothing, when there is nothing to say to the router."""
+        self.stepping = False
+        deltas = self.model.finish(now)
+        self._mirror.apply(self.model.cache_changes())
+        load = self.model.load(now)
+        if load.step is not None:
+            self.busy_s += now - self._began_at
+        return self._batch(load, deltas, now) if deltas else None
+
+    def report(self, now: float) -> Batch:
+        """With nothing but its load, so that it is not silent."""
+        return self._batch(self.model.load(now), [], now)
+
+    def _batch(self, load: Load, deltas: list[Delta], now: float) -> Batch:
+        self.told_at = now
+        seq, mirror = self._kv_seq, self._mirror
+        if seq is None or seq == mirror.seq:
+            return Batch(load, deltas, self.heard)
+        self._kv_seq = mirror.seq
+        changes = mirror.since(seq)
+        if changes is None:  # Kept no longer: the router finds the gap, and asks for all.
+            return Batch(load, deltas, self.heard, mirror.seq - 1, list(_GAP))
+        return Batch(load, deltas, self.heard, seq, changes)

@@ -1,0 +1,65 @@
+"""Rates from samples, and the chunk from prompts."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.twin.fit import fit
+from router.twin.probe import ProbeFailed
+from router.twin.sweeps import chunk_of
+
+RATES = (0.02, 1e-4, 2e-8, 1e-3, 5e-7)
+
+
+def rows() -> list[tuple[float, ...]]:
+    prompts = [(-(-n // 1024), n, n * (n + 1) / 2, 0, 0) for n in (16, 64, 256, 700, 1500, 3000)]
+    decodes = [(1, 0, 0, k, k * c) for k in (1, 2, 4, 8, 16) for c in (64, 500, 2000)]
+    return [*prompts, *decodes]
+
+
+def seconds(row: tuple[float, ...]) -> float:
+    return sum(r * x for r, x in zip(RATES, row, strict=True))
+
+
+def test_exact_samples_give_exact_rates() -> None:
+    found = fit(rows(), [seconds(r) for r in rows()])
+    assert found.rates == pytest.approx(RATES, rel=1e-3)
+    assert found.error_p90 < 1e-4
+
+
+def test_a_stall_now_and_then_moves_nothing() -> None:
+    rng = random.Random(0)
+    samples = rows() * 4
+    took = [seconds(r) * rng.uniform(0.97, 1.03) * (5 if n % 19 == 0 else 1)
+            for n, r in enumerate(samples)]  # fmt: skip
+    found = fit(samples, took)
+    for row in rows():
+        assert sum(r * x for r, x in zip(found.rates, row, strict=True)) == pytest.approx(
+            seconds(row), rel=0.03
+        )
+
+
+@given(st.lists(st.floats(0.001, 10), min_size=21, max_size=21))
+def test_no_rate_is_below_zero(took: list[float]) -> None:
+    assert min(fit(rows(), took).rates) >= 0
+
+
+def test_of_nothing_nothing_is_fitted() -> None:
+    with pytest.raises(ValueError, match="nothing to fit"):
+        fit([], [])
+
+
+@pytest.mark.parametrize("chunk", [256, 1000, 2048, 4096])
+def test_the_chunk_is_found_from_what_last_steps_computed(chunk: int) -> None:
+    lengths = (16, 128, 512, 1024, 1536, 2048, 3000)
+    seen = [(n, (n - 1) % chunk + 1) for n in lengths]
+    assert chunk_of(seen, 8192) == (8192 if chunk > 3000 else chunk)
+
+
+def test_steps_that_do_not_add_up_are_said_so() -> None:
+    with pytest.raises(ProbeFailed, match="add up"):
+        chunk_of([(100, 100), (200, 150), (300, 7)], 8192)
