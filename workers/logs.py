@@ -9,6 +9,9 @@ import time
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 """What every record has; the rest came in as `extra`."""
 
+OURS = ("router", "workers", "kvtransfer", "deploy")
+"""Packages whose loggers keep a level of their own."""
+
 
 class JsonLines(logging.Formatter):
     """One object a line: `at` (UTC), `level`, `logger`, `message`, then the record's `extra`."""
@@ -35,3 +38,6 @@ def log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level="INFO", handlers=[handler])
+    # The root's level is not ours for long: vLLM's front has imported what sets it to ERROR.
+    for name in OURS:
+        logging.getLogger(name).setLevel("INFO")

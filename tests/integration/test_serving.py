@@ -154,6 +154,8 @@ def test_a_killed_decode_worker_ends_the_stream_with_an_error_and_its_successor_
     errors = [json.loads(e)["error"] for e in events if e.startswith('{"error"')]
     assert len(errors) == 1, events[-3:]
     assert "decode-0" in errors[0]["message"]
+    assert group.router is not None
+    assert '"message": "worker lost"' in group.router.log.read_text()
     assert psutil.wait_procs(engine, timeout=5)[1] == []
     refused = complete(group.url, prompt="x", max_tokens=2)
     assert refused.status_code == 503

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 
 from workers.logs import JsonLines
@@ -46,3 +47,17 @@ def test_an_exception_comes_with_its_traceback_in_one_line() -> None:
     text = JsonLines().format(record)
     assert "\n" not in text
     assert "ValueError: planted" in json.loads(text)["exception"]
+
+
+def test_our_warnings_are_told_whatever_a_library_sets_the_root_s_level_to() -> None:
+    code = (
+        "import logging; from workers.logs import log_to_stderr; log_to_stderr(); "
+        "logging.getLogger().setLevel('ERROR'); "
+        "logging.getLogger('router.dispatch').warning('worker lost'); "
+        "logging.getLogger('somebody').warning('else')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    (told,) = done.stderr.splitlines()
+    assert json.loads(told)["message"] == "worker lost"
