@@ -309,7 +309,7 @@ def _tally(scheduled: SchedulerOutput) -> list[int]:
     begun = {r.req_id: (r.num_computed_tokens, 0) for r in scheduled.scheduled_new_reqs}
     ahead = zip(cached.num_computed_tokens, cached.num_output_tokens, strict=True)
     begun |= dict(zip(cached.req_ids, ahead, strict=True))
-    prefill_tokens = prefill_context = decodes = context_tokens = 0
+    prefill_tokens = prefill_pairs = decodes = context_tokens = 0
     for request_id, tokens in scheduled.num_scheduled_tokens.items():
         context, outputs = begun[request_id]
         if tokens == 1 and outputs:
@@ -317,8 +317,8 @@ def _tally(scheduled: SchedulerOutput) -> list[int]:
             context_tokens += context
         else:
             prefill_tokens += tokens
-            prefill_context += context
-    return [prefill_tokens, prefill_context, decodes, context_tokens]
+            prefill_pairs += tokens * context + tokens * (tokens + 1) // 2
+    return [prefill_tokens, prefill_pairs, decodes, context_tokens]
 
 
 def _told(event: Any, block_tokens: int, held: BlockHashToBlockMap) -> list[Any] | None:

@@ -228,9 +228,8 @@ class Step(_Message, frozen=True):
     seconds: float
     prefill_tokens: int = 0
     """Prompt tokens, and those computed again after a preemption."""
-    prefill_context: int = 0
-    """Summed over its chunks of prompts: the tokens that were there before, which each attends
-    to."""
+    prefill_pairs: int = 0
+    """Of a prompt token that it computed and one that this attends to: itself or one before."""
     decodes: int = 0
     """Sequences that generated."""
     context_tokens: int = 0

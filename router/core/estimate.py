@@ -59,13 +59,10 @@ def prefill(prompt: Prompt, w: WorkerView) -> Prefill:
     """The queue's tokens, and then the prompt's that are not cached here, in chunks."""
     cached = prompt.cached_tokens.get(w.id, 0)
     tokens = max(1, prompt.tokens - cached)  # Without one computed there is no output.
-    rates, chunk = w.rates, w.rates.chunk_tokens
-    _, token_s, context_s, _, _ = rates.step.rates
-    chunks = -(-tokens // chunk)
-    context = chunks * cached + chunk * (chunks * (chunks - 1) // 2)
-    own_s = tokens * token_s + context * context_s
+    _, token_s, pair_s, _, _ = w.rates.step.rates
+    own_s = tokens * token_s + _pairs(tokens, cached) * pair_s
     # What is queued and what comes now share a step where they fit one.
-    steps = -(-(w.prefill_tokens_queued + tokens) // chunk)
+    steps = -(-(w.prefill_tokens_queued + tokens) // w.rates.chunk_tokens)
     done_s = steps * w.step_s + w.prefill_tokens_queued * token_s + own_s
     return Prefill(done_s, own_s, own_s * w.streams_held)
 
@@ -119,6 +116,11 @@ def together(computing: Prefill, generating: Decode) -> Estimate:
     )
 
 
+def _pairs(tokens: int, cached: int) -> float:
+    """Of one of `tokens` and one that it attends to: those cached, those before it, and itself."""
+    return tokens * (cached + (tokens + 1) / 2)
+
+
 Costed = tuple[int, int, str, "WorkerView"]
 """What a worker costs in `GRAIN_S`, its place among equals, and who it is: it sorts as it is."""
 
@@ -136,10 +138,8 @@ def senders(prompt: Prompt, workers: Iterable[WorkerView]) -> list[Costed]:
         tokens = total - cached or 1
         rates, queued = w.rates, w.prefill_tokens_queued
         chunk = rates.chunk_tokens
-        _, token_s, context_s, _, _ = rates.step.rates
-        chunks = -(-tokens // chunk)
-        context = chunks * cached + chunk * (chunks * (chunks - 1) // 2)
-        own_s = (tokens * token_s + context * context_s) * (1 + w.streams_held)
+        _, token_s, pair_s, _, _ = rates.step.rates
+        own_s = (tokens * token_s + _pairs(tokens, cached) * pair_s) * (1 + w.streams_held)
         done_s = -(-(queued + tokens) // chunk) * w.step_s + queued * token_s
         found.append(costed(prompt, w, done_s + own_s))
     return found

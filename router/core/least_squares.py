@@ -18,6 +18,7 @@ Automatica 17, 1981)."""
 CLIP: Final = 3.0
 """A residual beyond so many usual ones pulls no harder than one of so many (Huber, "Robust
 estimation of a location parameter", 1964)."""
+UNKNOWN: Final = 3.0
 USUAL_KEPT: Final = 0.95
 TRUST: Final = 0.01
 """In the prior: a guess good to a factor of two, against samples good to a tenth."""
@@ -35,14 +36,15 @@ class LeastSquares:
     R's diagonal alone, so samples that never tell two rates apart leave them as they were.
     """
 
-    __slots__ = ("_gradient", "_information", "rates", "samples", "usual_error")
+    __slots__ = ("_gradient", "_information", "_usual_errors", "rates", "samples")
 
     def __init__(self, prior: Sequence[float]) -> None:
         """`prior`: a first guess, above zero."""
         self.rates = list(prior)
         self.samples = 0
-        self.usual_error = 3.0
-        """Relative; it decays from here as samples fit."""
+        self._usual_errors: dict[tuple[bool, ...], float] = {}
+        """Relative, by which rates have part in a sample: a thousand steps of one kind that fit say
+        nothing of how well the next of another will. It decays from `UNKNOWN` as samples fit."""
         self._information = [
             [TRUST / (g * g) if i == j else 0.0 for j in range(len(prior))]
             for i, g in enumerate(prior)
@@ -63,11 +65,13 @@ class LeastSquares:
         # Relative to the geometric mean: too high and too low by a factor weigh alike.
         weight = (foretold * y) ** -0.5
         error = abs(y - foretold) * weight
-        kept = 1.0 - min(FORGOTTEN[1], max(FORGOTTEN[0], FORGOTTEN_BY_ERROR * self.usual_error))
-        if error > (limit := CLIP * self.usual_error):
+        kind = tuple(map(bool, x))
+        usual = self._usual_errors.get(kind, UNKNOWN)
+        kept = 1.0 - min(FORGOTTEN[1], max(FORGOTTEN[0], FORGOTTEN_BY_ERROR * usual))
+        if error > (limit := CLIP * usual):
             weight *= (limit / error) ** 0.5
             error = limit
-        self.usual_error = max(0.01, USUAL_KEPT * self.usual_error + (1 - USUAL_KEPT) * error)
+        self._usual_errors[kind] = max(0.01, USUAL_KEPT * usual + (1 - USUAL_KEPT) * error)
         miss = weight * (y - foretold)
         some = kept**0.5
         parts = [(weight * each, some if each else 1.0) for each in x]

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
     from workers.api import Step
 
-STEP_PRIOR: Final = (1e-2, 1e-4, 1e-8, 1e-4, 1e-8)
-"""Seconds a step, a prompt token, a token before a chunk, a sequence that generates, a token before
-it: of no worker in particular. The first steps outweigh it."""
+STEP_PRIOR: Final = (1e-2, 1e-4, 1e-9, 1e-4, 1e-8)
+"""Seconds a step, a prompt token, a pair of one and a token that it attends to, a sequence that
+generates, a token before it: of no worker in particular. The first steps outweigh it."""
 PULL_PRIOR: Final = (2e-3, 1e-9)
 """Seconds a pull, and a byte."""
 CHUNK_TOKENS_PRIOR: Final = 2048
@@ -45,7 +45,7 @@ class Rates:
     def stepped(self, step: Step, *, prefill_left: bool) -> None:
         """`prefill_left`: prompt tokens were queued beyond this step, so it was as full as any."""
         self.step.learn(
-            (1.0, step.prefill_tokens, step.prefill_context, step.decodes, step.context_tokens),
+            (1.0, step.prefill_tokens, step.prefill_pairs, step.decodes, step.context_tokens),
             step.seconds,
         )
         if step.decodes:

@@ -72,8 +72,8 @@ def true_rates(s: SimSettings) -> Rates:
     rates.stepped(Step(s.step_s, prefill_tokens=chunk), prefill_left=True)
     rates.step.rates = [
         s.step_s,
-        1 / s.prefill_tokens_per_s + s.pair_s * chunk / 2,
-        s.pair_s * chunk,
+        1 / s.prefill_tokens_per_s,
+        s.pair_s,
         s.stream_s,
         s.context_token_s,
     ]

@@ -316,7 +316,7 @@ def test_what_each_step_computed_is_told(driver: Driver) -> None:
     driver.until(driver.all_free, "an idle engine")
     steps = {load.steps: load.step for load in driver.loads if load.step is not None}.values()
     assert sum(s.prefill_tokens for s in steps) == len(prompt)
-    assert sum(s.prefill_context for s in steps) == 0
+    assert sum(s.prefill_pairs for s in steps) == len(prompt) * (len(prompt) + 1) // 2
     assert sum(s.decodes for s in steps) == outputs - 1
     assert [s.context_tokens for s in steps if s.decodes] == [len(prompt) + n for n in range(5)]
     assert all(0 < s.seconds < 5 for s in steps)

@@ -167,7 +167,7 @@ def test_more_workers_serve_no_fewer(name: str) -> None:
 
 
 def test_ours_beats_its_peers_and_is_near_the_oracle() -> None:
-    sides = comparison(fleet(prefill=2, decode=2))
+    sides = comparison(fleet(prefill=2, decode=2), busy_trace(time=0.5))
     met = {name: sides.run(name).figures.met for name in POLICIES}
     peers = ("round-robin", "power-of-two", "session-hash", "prefix-tree")
     assert met["ours"] >= 1.2 * max(met[name] for name in peers)

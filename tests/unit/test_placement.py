@@ -91,14 +91,16 @@ def test_nothing_costs_less_than_what_is_chosen(seed: int) -> None:
     assert made.total_s <= min(totals_s(prompt, fleet)) + 2 * estimate.GRAIN_S
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32))
-def test_in_a_large_fleet_little_is_lost_by_looking_at_few(seed: int) -> None:
-    fleet = any_fleet(seed, each=15)
-    prompt = any_prompt(seed, fleet)
-    made = place(prompt, list(fleet)).estimate
-    assert made is not None
-    assert made.total_s <= min(totals_s(prompt, fleet)) * 1.05 + 2 * estimate.GRAIN_S
+def test_in_a_large_fleet_little_is_lost_by_looking_at_few() -> None:
+    lost = []
+    for seed in range(100):
+        fleet = any_fleet(seed, each=15)
+        prompt = any_prompt(seed, fleet)
+        made = place(prompt, list(fleet)).estimate
+        assert made is not None
+        lost.append((made.total_s - 2 * estimate.GRAIN_S) / min(totals_s(prompt, fleet)))
+    assert sorted(lost)[98] <= 1.01
+    assert max(lost) <= 1.05
 
 
 @settings(max_examples=50, deadline=None)

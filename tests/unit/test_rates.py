@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Features = tuple[float, ...]
-TRUE = (0.012, 1.3e-4, 2e-7, 3e-4, 2e-8)
+TRUE = (0.012, 1.3e-4, 1e-8, 3e-4, 2e-8)
 
 
 def decoding(rng: random.Random) -> Features:
@@ -26,7 +26,8 @@ def decoding(rng: random.Random) -> Features:
 
 
 def prefilling(rng: random.Random) -> Features:
-    return (1.0, rng.randint(1, 2048), rng.choice((0, 0, 2048, 8192)), 0, 0)
+    tokens, before = rng.randint(1, 2048), rng.choice((0, 0, 2048, 8192))
+    return (1.0, tokens, tokens * (before + (tokens + 1) / 2), 0, 0)
 
 
 def mixed(rng: random.Random) -> Features:
@@ -96,6 +97,15 @@ def test_a_day_of_decoding_leaves_what_is_known_of_prefill() -> None:
             x = kind(rng)
             learnt.learn(x, true(TRUE, x) * rng.lognormvariate(0, 0.05))
     assert errors(learnt, TRUE, prefilling)[95] < 0.1
+
+
+def test_steps_that_fit_say_nothing_of_those_of_another_kind() -> None:
+    rng, learnt = random.Random(7), LeastSquares(STEP_PRIOR)
+    rates = tuple(5 * r for r in TRUE)
+    for number in range(2000):
+        x = prefilling(rng) if number % 50 == 49 else decoding(rng)
+        learnt.learn(x, true(rates, x))
+    assert errors(learnt, rates, prefilling)[90] < 0.05
 
 
 @settings(max_examples=200, deadline=None)

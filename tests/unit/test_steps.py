@@ -36,7 +36,13 @@ def test_a_prompt_s_chunks_and_then_its_tokens_are_told() -> None:
     model = engine()
     model.submit(Generate("r", Phase.BOTH, list(range(150)), 3, b""))
     told = [msgspec.structs.astuple(s)[1:] for s in steps(model)]
-    assert told == [(64, 0, 0, 0), (64, 64, 0, 0), (22, 128, 0, 0), (0, 0, 1, 150), (0, 0, 1, 151)]
+    assert told == [
+        (64, 2080, 0, 0),
+        (64, 6176, 0, 0),
+        (22, 3069, 0, 0),
+        (0, 0, 1, 150),
+        (0, 0, 1, 151),
+    ]
 
 
 @given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 6)), min_size=1, max_size=8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.twin.fit import fit
@@ -43,6 +43,7 @@ def test_a_stall_now_and_then_moves_nothing() -> None:
         )
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.001, 10), min_size=21, max_size=21))
 def test_no_rate_is_below_zero(took: list[float]) -> None:
     assert min(fit(rows(), took).rates) >= 0

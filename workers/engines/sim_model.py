@@ -389,14 +389,12 @@ class SimModel:
 
     def _sample(self, run: Run) -> int:
         """A function of all tokens so far: whoever goes on from here says the same."""
-        token = FIRST_TOKEN + (run.checksum * 2_654_435_761 >> 7) % (
-            self.settings.vocabulary - FIRST_TOKEN
-        )
+        content = self.settings.vocabulary - FIRST_TOKEN
+        token = FIRST_TOKEN + (run.checksum * 2_654_435_761 >> 7) % content
         run.checksum = zlib.crc32(token.to_bytes(4, "little"), run.checksum)
         return token
 
     def _end(self, run: Run) -> None:
-        request_id = run.generate.request_id
-        del self.requests[request_id]
-        del self._running[request_id]
+        for known in (self.requests, self._running):
+            del known[run.generate.request_id]
         self._free(run)

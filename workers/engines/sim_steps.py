@@ -25,21 +25,20 @@ def step_of(plan: Sequence[tuple[Running, int]], settings: SimSettings) -> Step 
     if not plan:
         return None
     s = settings
-    tokens = prefill_context = pairs = decodes = context = 0
+    tokens = attended = decodes = context = 0
     for run, count in plan:
         if count > 1 or not run.outputs:
             tokens += count
-            prefill_context += run.computed
-            pairs += count * (2 * run.computed + count + 1)
+            attended += count * run.computed + count * (count + 1) // 2
         else:
             decodes += 1
             context += run.computed
-    seconds = s.step_s + tokens / s.prefill_tokens_per_s + pairs / 2 * s.pair_s
+    seconds = s.step_s + tokens / s.prefill_tokens_per_s + attended * s.pair_s
     seconds += decodes * s.stream_s + context * s.context_token_s
     return Step(
         0.0 if s.instant else seconds,
         prefill_tokens=tokens,
-        prefill_context=prefill_context,
+        prefill_pairs=attended,
         decodes=decodes,
         context_tokens=context,
     )
