@@ -6,13 +6,17 @@ docs/placement.md derives the formulas. All rates are the worker's own, as learn
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+
+import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
+    from router.core.columns import Columns, Floats, Integers
     from router.core.fleet import WorkerView
     from router.core.placement import Prompt
+
+_Number = TypeVar("_Number", float, "Floats")
+_Integer = TypeVar("_Integer", int, "Integers")
 
 GRAIN_S: Final = 0.001
 """Estimates closer than this are equal: none is that good."""
@@ -116,47 +120,28 @@ def together(computing: Prefill, generating: Decode) -> Estimate:
     )
 
 
-def _pairs(tokens: int, cached: int) -> float:
+def _pairs(tokens: _Number, cached: _Number) -> _Number:
     """Of one of `tokens` and one that it attends to: those cached, those before it, and itself."""
     return tokens * (cached + (tokens + 1) / 2)
 
 
-Costed = tuple[int, int, str, "WorkerView"]
-"""What a worker costs in `GRAIN_S`, its place among equals, and who it is: it sorts as it is."""
+def senders_s(prompt: Prompt, columns: Columns) -> Floats:
+    """`prefill`'s seconds in all, own and others', of each worker: for hundreds at once."""
+    c, cached = columns, columns.cached_tokens(prompt.cached_tokens)
+    tokens = np.maximum(1.0, prompt.tokens - cached)
+    own_s = (tokens * c.token_s + _pairs(tokens, cached) * c.pair_s) * (1.0 + c.streams_held)
+    steps = np.ceil((c.queued + tokens) / c.chunk_tokens)
+    return np.asarray(steps * c.step_s + c.queued * c.token_s + own_s)
 
 
-def costed(prompt: Prompt, w: WorkerView, cost_s: float) -> Costed:
-    return round(cost_s / GRAIN_S), mixed(prompt.tie, w.tie), w.id, w
+def receivers_s(prompt: Prompt, columns: Columns) -> Floats:
+    """`decode`'s seconds, all but its own first token's, of each worker."""
+    c, outputs = columns, prompt.output_tokens
+    more_s = c.stream_s + c.context_s * (prompt.tokens + outputs / 2)
+    own_s = (outputs - 1) * (c.step_s + more_s)
+    return np.asarray(own_s + outputs * more_s * c.streams_held)
 
 
-def senders(prompt: Prompt, workers: Iterable[WorkerView]) -> list[Costed]:
-    """`prefill`'s seconds in all for each of these: the same, for hundreds at once."""
-    total, cached_tokens = prompt.tokens, prompt.cached_tokens
-    found = []
-    for w in workers:
-        cached = cached_tokens.get(w.id, 0)
-        tokens = total - cached or 1
-        rates, queued = w.rates, w.prefill_tokens_queued
-        chunk = rates.chunk_tokens
-        _, token_s, pair_s, _, _ = rates.step.rates
-        own_s = (tokens * token_s + _pairs(tokens, cached) * pair_s) * (1 + w.streams_held)
-        done_s = -(-(queued + tokens) // chunk) * w.step_s + queued * token_s
-        found.append(costed(prompt, w, done_s + own_s))
-    return found
-
-
-def receivers(prompt: Prompt, workers: Iterable[WorkerView]) -> list[tuple[float, WorkerView]]:
-    """`decode`'s seconds for each of these, all but its own first token's."""
-    outputs = prompt.output_tokens
-    context = prompt.tokens + outputs / 2
-    found = []
-    for w in workers:
-        _, _, _, stream_s, context_s = w.rates.step.rates
-        more_s = stream_s + context_s * context
-        found.append(((outputs - 1) * (w.step_s + more_s) + outputs * more_s * w.streams_held, w))
-    return found
-
-
-def mixed(one: int, other: int) -> int:
+def mixed(one: int, other: _Integer) -> _Integer:
     """Knuth's multiplicative hash of both: equals in an order of each request's own."""
-    return (one ^ other) * 0x9E3779B1 & 0xFFFFFFFF
+    return (other ^ one) * 0x9E3779B1 & 0xFFFFFFFF

@@ -19,7 +19,7 @@ STALL_S = 60.0
 step: a GPU's chunk takes a second at most, a CPU's 8,192-token chunk some ten."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class WorkerView:
     """One worker as the router knows it.
 
@@ -61,6 +61,8 @@ class WorkerView:
     """Until all that is queued is computed."""
     pull_token_s: float = field(init=False, default=0.0)
     """To read one token's KV from another."""
+    weighed: int = field(init=False, default=0)
+    """How often all this was worked out: it has changed when this has."""
     _unheard_tokens: int = 0
     _promised_blocks: int = 0
 
@@ -113,6 +115,7 @@ class WorkerView:
             self._weigh()
 
     def _weigh(self) -> None:
+        self.weighed += 1
         hello, load, rates = self.hello, self.load, self.rates
         accepts = () if load.draining else ACCEPTS[hello.role]
         self.computes, self.generates = Phase.PREFILL in accepts, Phase.DECODE in accepts

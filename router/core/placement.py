@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from heapq import nsmallest
 from math import inf
-from operator import itemgetter
 from typing import TYPE_CHECKING, Final, Protocol
 
+import numpy as np
+
 from router.core import estimate
+from router.core.columns import ColumnsKept
 from router.core.compat import can_hand_off
 from router.core.errors import NoCapacity, NoWorkers
-from router.core.estimate import GRAIN_S, Estimate, costed, mixed
+from router.core.estimate import GRAIN_S, Estimate, mixed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from router.core.estimate import Costed
+    from router.core.columns import Bools, Columns, Floats, Integers
     from router.core.fleet import WorkerView
 
 KEPT: Final = 4
@@ -103,60 +104,65 @@ class EstimatePolicy:
         """`prefill_s`: a worker with more seconds of prompts queued takes none."""
         self._always = disaggregate is Disaggregate.ALWAYS
         self._prefill_s = prefill_s
+        self._columns = ColumnsKept()
 
     def place(
         self, prompt: Prompt, workers: Sequence[WorkerView], avoid: frozenset[str] = frozenset()
     ) -> Placement:
-        for candidates in ([w for w in workers if w.id not in avoid] if avoid else (), workers):
-            if any(w.generates for w in candidates):
-                return self._choose(prompt, candidates)
+        columns = self._columns.of(workers)
+        every = np.ones(len(columns.workers), np.bool_)
+        others = np.array([w.id not in avoid for w in workers], np.bool_) if avoid else every
+        for able in (others, every):
+            if (able & columns.generates).any():
+                return self._choose(prompt, columns, able)
         raise NoWorkers("decode", known=len(workers))
 
-    def _choose(self, prompt: Prompt, workers: Sequence[WorkerView]) -> Placement:
-        roomy, most_s = _with_room(prompt, workers), self._prefill_s
-        receivers = estimate.receivers(prompt, roomy)
-        able = [w for w in workers if w.computes]
-        senders = estimate.senders(prompt, [w for w in able if w.queue_s <= most_s])
-        options = _pairs(prompt, senders, receivers)
+    def _choose(self, prompt: Prompt, columns: Columns, able: Bools) -> Placement:
+        idle = columns.queue_s <= self._prefill_s
+        roomy, computes = _with_room(prompt, columns, able), able & columns.computes
+        senders = computes & idle
+        sending_s = estimate.senders_s(prompt, columns)
+        receiving_s = estimate.receivers_s(prompt, columns)
+        options = _pairs(prompt, columns, (senders, sending_s), (roomy, receiving_s))
         if not self._always:
-            options += _singles(prompt, [r for r in receivers if r[1].queue_s <= most_s])
-        elif not options and len(senders) == len(able):  # None is busy: there is no pair at all.
-            options = _singles(prompt, receivers)
+            options += _single(prompt, columns, roomy & idle, sending_s + receiving_s)
+        elif not options and (senders == computes).all():  # There is no pair at all.
+            options = _single(prompt, columns, roomy, sending_s + receiving_s)
         if not options:
             raise NoCapacity(tokens=prompt.tokens)
         made, prefill, decode = min(options, key=lambda option: _order(prompt, option))
-        looked_at = len(senders) + len(receivers)
+        looked_at = int(senders.sum() + roomy.sum())
         return Placement(prefill.id if prefill else None, decode.id, made, looked_at)
 
 
-def _with_room(prompt: Prompt, workers: Sequence[WorkerView]) -> list[WorkerView]:
+def _with_room(prompt: Prompt, columns: Columns, able: Bools) -> Bools:
     """Who generates and has KV blocks for all of it. Raises `NoCapacity`.
 
     What is too large for each of them even when empty goes to any: it says so to the client.
     """
-    able = [w for w in workers if w.generates]
-    most = prompt.tokens + prompt.output_tokens
-    roomy = [w for w in able if w.tokens_left >= most or w.tokens_left >= prompt.kv_tokens(w)]
-    if roomy:
+    generates: Bools = able & columns.generates
+    most = np.minimum(float(prompt.tokens + prompt.output_tokens), columns.max_model_len)
+    roomy: Bools = generates & (columns.tokens_left >= most)
+    if roomy.any():
         return roomy
-    if any(w.tokens_total >= prompt.kv_tokens(w) for w in able):
-        raise NoCapacity(tokens=prompt.kv_tokens(able[0]))
-    return able
+    if (generates & (columns.tokens_total >= most)).any():
+        raise NoCapacity(tokens=int(most[generates].min()))
+    return generates
 
 
-def _pairs(
-    prompt: Prompt, senders: list[Costed], receivers: list[tuple[float, WorkerView]]
-) -> list[_Option]:
+_Half = tuple["Bools", "Floats"]
+"""Who may, and what it costs of each."""
+
+
+def _pairs(prompt: Prompt, columns: Columns, senders: _Half, receivers: _Half) -> list[_Option]:
     """The two halves hang together by the transfer alone, so the best few of each suffice."""
-    if not senders:
+    if not senders[0].any():
         return []
-    total, cached = prompt.tokens, prompt.cached_tokens
     # As if nothing of the transfer were hidden: who has it cached is worth looking at.
-    reading = [
-        costed(prompt, w, s + w.step_s + (total - cached.get(w.id, 0)) * w.pull_token_s)
-        for s, w in receivers
-    ]
-    sending, receiving = _cheapest(senders), _cheapest(reading)
+    unread = prompt.tokens - columns.cached_tokens(prompt.cached_tokens)
+    reading_s = receivers[1] + columns.step_s + unread * columns.pull_token_s
+    sending = _cheapest(prompt, columns, *senders)
+    receiving = _cheapest(prompt, columns, receivers[0], reading_s)
     generating = {w.id: estimate.decode(prompt, w) for some in receiving for w in some}
     return [
         (estimate.apart(prompt, (p, computing), (d, generating[d.id])), p, d)
@@ -170,26 +176,38 @@ def _pairs(
     ]
 
 
-def _singles(prompt: Prompt, receivers: list[tuple[float, WorkerView]]) -> list[_Option]:
-    """Of each worker, but for those whose decoding alone costs more than another's all."""
-    options: list[_Option] = []
-    best_s = inf
-    for cost_s, w in sorted(receivers, key=itemgetter(0)):
-        if cost_s > best_s + GRAIN_S:
-            break
-        if cost_s + w.queue_s <= best_s + GRAIN_S:
-            made = estimate.together(estimate.prefill(prompt, w), estimate.decode(prompt, w))
-            best_s = min(best_s, made.total_s)
-            options.append((made, None, w))
-    return options
+def _single(prompt: Prompt, columns: Columns, able: Bools, cost_s: Floats) -> list[_Option]:
+    """The best of those that do it all; none where none may."""
+    slots = np.flatnonzero(able)
+    if not len(slots):
+        return []
+    w = columns.workers[slots[_keys(prompt, columns, slots, cost_s).argmin()]]
+    made = estimate.together(estimate.prefill(prompt, w), estimate.decode(prompt, w))
+    return [(made, None, w)]
 
 
-def _cheapest(workers: list[Costed]) -> list[list[WorkerView]]:
+def _cheapest(
+    prompt: Prompt, columns: Columns, able: Bools, cost_s: Floats
+) -> list[list[WorkerView]]:
     """`KEPT` of each family."""
-    families: dict[str, list[Costed]] = {}
-    for each in workers:
-        families.setdefault(each[3].family, []).append(each)
-    return [[each[3] for each in nsmallest(KEPT, some)] for some in families.values()]
+    found, slots = [], np.flatnonzero(able)
+    families = columns.family[slots]
+    while len(slots):
+        one = families == families[0]
+        some, slots, families = slots[one], slots[~one], families[~one]
+        keys = _keys(prompt, columns, some, cost_s)
+        if len(some) > KEPT:
+            least = np.argpartition(keys, KEPT)[:KEPT]
+            some, keys = some[least], keys[least]
+        found.append([columns.workers[slot] for slot in some[keys.argsort()]])
+    return found
+
+
+def _keys(prompt: Prompt, columns: Columns, slots: Integers, cost_s: Floats) -> Integers:
+    """They sort as costs do, in `GRAIN_S`, and equals in an order of the request's own."""
+    grains = np.minimum(np.rint(cost_s[slots] / GRAIN_S), 2.0**30).astype(np.int64)
+    keys: Integers = grains << 32 | mixed(prompt.tie, columns.tie[slots])
+    return keys
 
 
 def _order(prompt: Prompt, option: _Option) -> tuple[int, int]:

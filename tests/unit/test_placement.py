@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from router.ask import Ask
 from router.core import estimate
+from router.core.columns import ColumnsKept
 from router.core.compat import can_hand_off
 from router.core.fleet import Fleet, WorkerView
 from router.core.placement import Disaggregate, EstimatePolicy, Prompt, place
@@ -108,12 +109,28 @@ def test_in_a_large_fleet_little_is_lost_by_looking_at_few() -> None:
 def test_the_quick_costs_are_the_estimate_s(seed: int) -> None:
     fleet = any_fleet(seed)
     prompt = any_prompt(seed, fleet)
-    for cost, _, _, w in estimate.senders(prompt, fleet):
+    columns = ColumnsKept().of(list(fleet))
+    for cost_s, w in zip(estimate.senders_s(prompt, columns), fleet, strict=True):
         made = estimate.prefill(prompt, w)
-        assert cost == round((made.done_s + made.stream_s) / estimate.GRAIN_S)
-    for cost_s, w in estimate.receivers(prompt, fleet):
+        assert cost_s == pytest.approx(made.done_s + made.stream_s)
+    for cost_s, w in zip(estimate.receivers_s(prompt, columns), fleet, strict=True):
         d = estimate.decode(prompt, w)
         assert cost_s == pytest.approx(d.own_s - d.step_s + d.stream_s)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32))
+def test_what_workers_say_in_between_counts(seed: int) -> None:
+    rng, fleet, policy = random.Random(seed), any_fleet(seed), EstimatePolicy()
+    for number in range(12):
+        some = [w for w in fleet if rng.random() < 0.9] if rng.random() < 0.3 else list(fleet)
+        prompt = any_prompt(seed + number, fleet)
+        if any(w.generates for w in some):
+            assert policy.place(prompt, some) == place(prompt, some)
+        w = rng.choice(list(fleet))
+        now_at(fleet, w.id, rng.randint(0, 40), rng.randint(0, 20_000))
+        if len(fleet) > 2 and rng.random() < 0.2:
+            fleet.remove(w.id)
 
 
 @settings(max_examples=50, deadline=None)

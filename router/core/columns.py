@@ -1,0 +1,84 @@
+"""What placement asks of every worker, as one array for each question.
+
+A large fleet is weighed in a few dozen array operations instead of a few hundred calls a question.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+from zlib import crc32
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
+
+    from router.core.fleet import WorkerView
+
+    Floats = npt.NDArray[np.float64]
+    Integers = npt.NDArray[np.int64]
+    Bools = npt.NDArray[np.bool_]
+
+_WIDTH: Final = 17
+
+
+class Columns:
+    """Of `workers`, in their order. Everything is in `WorkerView`'s words and units."""
+
+    def __init__(self, workers: list[WorkerView], matrix: Floats, slots: dict[str, int]) -> None:
+        self.workers = workers
+        self._slots = slots
+        self.tokens_left, self.tokens_total, self.max_model_len = matrix[0], matrix[1], matrix[2]
+        self.queued, self.queue_s, self.chunk_tokens = matrix[3], matrix[4], matrix[5]
+        self.token_s, self.pair_s, self.step_s = matrix[6], matrix[7], matrix[8]
+        self.stream_s, self.context_s, self.streams_held = matrix[9], matrix[10], matrix[11]
+        self.pull_token_s = matrix[12]
+        self.computes: Bools = matrix[13] > 0
+        self.generates: Bools = matrix[14] > 0
+        self.tie: Integers = matrix[15].astype(np.int64)
+        self.family: Integers = matrix[16].astype(np.int64)
+        """Equal for equal `WorkerView.family`."""
+
+    def cached_tokens(self, by_worker: Mapping[str, int]) -> Floats:
+        cached = np.zeros(len(self.workers))
+        for worker_id, tokens in by_worker.items():
+            if (slot := self._slots.get(worker_id)) is not None:
+                cached[slot] = tokens
+        return cached
+
+
+class ColumnsKept:
+    """The columns of the workers asked about last; what a worker said since is taken over."""
+
+    def __init__(self) -> None:
+        self._workers: list[WorkerView] = []
+        self._weighed: list[int] = []
+        self._slots: dict[str, int] = {}
+        self._matrix = np.empty((_WIDTH, 0))
+
+    def of(self, workers: Sequence[WorkerView]) -> Columns:
+        asked = list(workers)
+        if asked != self._workers:
+            self._workers, self._weighed = asked, [-1] * len(asked)
+            self._slots = {w.id: slot for slot, w in enumerate(asked)}
+            self._matrix = np.empty((_WIDTH, len(asked)))
+        weighed = [w.weighed for w in asked]
+        if weighed != self._weighed:
+            for slot, (now, before) in enumerate(zip(weighed, self._weighed, strict=True)):
+                if now != before:
+                    self._matrix[:, slot] = _column(asked[slot])
+            self._weighed = weighed
+        return Columns(asked, self._matrix, self._slots)
+
+
+def _column(w: WorkerView) -> tuple[float, ...]:
+    _, token_s, pair_s, stream_s, context_s = w.rates.step.rates
+    return (
+        w.tokens_left, w.tokens_total, w.hello.max_model_len,
+        w.prefill_tokens_queued, w.queue_s, w.rates.chunk_tokens,
+        token_s, pair_s, w.step_s,
+        stream_s, context_s, w.streams_held,
+        w.pull_token_s, w.computes, w.generates, w.tie, crc32(w.family.encode()),
+    )  # fmt: skip
