@@ -1,0 +1,289 @@
+"""Each side's processes: engines, what routes to them, and how all of it was configured."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Final
+
+import httpx
+import numpy as np
+import psutil
+
+from deploy.local.group import LocalGroup
+from deploy.local.parts import Part, PartDied, end
+from deploy.local.peers.fleet import Fleet, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+START_S: Final = 120.0
+PEERS: Final = Path(".peers/bin/python")
+_DETAILS: Final = "--enable-prompt-tokens-details"
+"""So that the usage says how much of the prompt was cached."""
+
+
+class NotStarted(Exception):
+    """Why a side is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all sides have in common."""
+
+    model: str
+    folder: Path
+    fleet: Fleet
+    peers: Path = PEERS
+    """The Python of the environment that has the others' packages."""
+    ttft_objective_s: float | None = None
+    """What our router refuses by, where it refuses."""
+
+    @property
+    def run_peer(self) -> list[str]:
+        """Its Python, which must not find our packages."""
+        return ["env", "-u", "PYTHONPATH", str(self.peers.absolute())]
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {
+            str(self.folder): "MODEL",
+            str(self.peers.parent.absolute()): ".peers/bin",
+            sys.executable: "python",
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """All of it runs, and a first request was answered."""
+
+    url: str
+    router: Part
+    parts: Sequence[Part]
+    """The router too."""
+    config: Sequence[str]
+    """One line a kind of process."""
+
+    def cpu_s(self) -> float:
+        """Of all processes and their children, since their start."""
+        return sum(_cpu_s(part.pid) for part in self.parts)
+
+    def router_cpu_s(self) -> float:
+        return _cpu_s(self.router.pid)
+
+    def check(self) -> None:
+        """Raises `PartDied`."""
+        for part in self.parts:
+            part.check()
+
+
+def _cpu_s(pid: int) -> float:
+    process = psutil.Process(pid)
+    total = 0.0
+    for one in (process, *process.children(recursive=True)):
+        times = one.cpu_times()
+        total += times.user + times.system
+    return total
+
+
+def free_port() -> int:
+    """Free a moment ago: for programs that can't be given 0."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# ---------------------------------------------------------------- ours
+
+
+@contextmanager
+def tandem(plan: Plan) -> Iterator[Side]:
+    """Our router and workers."""
+    fleet = plan.fleet
+    objective = plan.ttft_objective_s
+    refusing = [] if objective is None else ["--ttft-objective-s", f"{objective:g}"]
+    group = LocalGroup(
+        plan.model,
+        prefill=fleet.prefill,
+        decode=fleet.decode,
+        flags=["--engine", "sim", *fleet.sim_flags()],
+        router_flags=[_DETAILS, *refusing],
+    )
+    for worker in group.workers:
+        worker.core = None  # No side's processes are pinned.
+    with group:
+        assert group.router is not None
+        parts = [group.router, *group.workers]
+        _await_answer(group.url, plan.model, group.check)
+        yield Side(group.url, group.router, parts, _config(plan, parts))
+
+
+# ---------------------------------------------------------------- HTTP routers
+
+
+@contextmanager
+def vllm_router(plan: Plan) -> Iterator[Side]:
+    """vllm-router in its P/D mode, policies as in its own help, over vLLM's HTTP server."""
+
+    def command(prefill: Sequence[str], decode: Sequence[str], port: int) -> list[str]:
+        return [
+            *plan.run_peer, "-m", "vllm_router.launch_router",
+            "--host", "127.0.0.1", "--port", str(port), "--vllm-pd-disaggregation",
+            *(word for url in prefill for word in ("--prefill", url)),
+            *(word for url in decode for word in ("--decode", url)),
+            "--prefill-policy", "cache_aware", "--decode-policy", "power_of_two",
+            "--prometheus-port", str(free_port()), "--log-level", "warning",
+        ]  # fmt: skip
+
+    with _http_router(plan, "vllm-router", command) as side:
+        yield side
+
+
+@contextmanager
+def sglang_router(plan: Plan) -> Iterator[Side]:
+    """sglang-router over the same fronts, all of them mixed: to split prefill and decode of vLLM it
+    needs vLLM's gRPC server, and over HTTP SGLang's own bootstrap."""
+
+    def command(prefill: Sequence[str], decode: Sequence[str], port: int) -> list[str]:
+        return [
+            *plan.run_peer, "-m", "sglang_router.launch_router",
+            "--host", "127.0.0.1", "--port", str(port),
+            "--worker-urls", *prefill, *decode, "--policy", "cache_aware",
+            "--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()),
+            "--log-level", "warn",
+        ]  # fmt: skip
+
+    with _http_router(plan, "sglang-router", command) as side:
+        yield side
+
+
+@contextmanager
+def _http_router(
+    plan: Plan, name: str, command: Callable[[Sequence[str], Sequence[str], int], list[str]]
+) -> Iterator[Side]:
+    with TemporaryDirectory(prefix="peers-") as folder, _ended() as parts:
+        fleet = plan.fleet
+        fronts = [
+            _front(plan, f"front-{n}", Path(folder)) for n in range(fleet.prefill + fleet.decode)
+        ]
+        for front in fronts:
+            front.spawn()
+            parts.append(front)
+
+        def check() -> None:
+            for part in parts:
+                part.check()
+
+        for front in fronts:
+            front.await_address(check)
+            front.ready_path = "/health"
+            front.await_ready(check)
+        urls = [front.http for front in fronts]
+        port = free_port()
+        router = Part(
+            name,
+            command(urls[: fleet.prefill], urls[fleet.prefill :], port),
+            Path(folder) / f"{name}.log",
+        )
+        router.http = f"http://127.0.0.1:{port}"
+        router.spawn()
+        parts.insert(0, router)
+        _await_answer(router.http, plan.model, check)
+        yield Side(router.http, router, parts, _config(plan, [router, fronts[0]]))
+
+
+def _front(plan: Plan, name: str, folder: Path) -> Part:
+    address_file = folder / f"{name}.json"
+    command = [
+        sys.executable, "-m", "deploy.local.peers.front", "--model", str(plan.folder),
+        "--served-model-name", plan.model, "--address-file", str(address_file), _DETAILS,
+        *plan.fleet.vllm_flags(), "--", *plan.fleet.sim_flags(),
+    ]  # fmt: skip
+    return Part(name, command, folder / f"{name}.log", address_file)
+
+
+# ---------------------------------------------------------------- Dynamo
+
+
+@contextmanager
+def dynamo(plan: Plan) -> Iterator[Side]:
+    """Dynamo's frontend with its KV router, over its own mocker."""
+    fleet = plan.fleet
+    with TemporaryDirectory(prefix="peers-") as folder, _ended() as parts:
+        profile = Path(folder) / "profile.npz"
+        np.savez(profile, **fleet.mocker_profile())
+        run = ["env", f"DYN_FILE_KV={folder}/kv", "DYN_LOG=warn", *plan.run_peer, "-m"]
+        planes = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
+        roles = ["prefill"] * fleet.prefill + ["decode"] * fleet.decode
+        for n, role in enumerate(roles):
+            command = [
+                *run, "dynamo.mocker", "--model-path", str(plan.folder), "--model-name", plan.model,
+                "--disaggregation-mode", role, *planes, *fleet.mocker_flags(str(profile)),
+            ]  # fmt: skip
+            parts.append(Part(f"{role}-{n}", command, Path(folder) / f"{n}.log"))
+        port = free_port()
+        command = [
+            *run, "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port), *planes,
+            "--router-mode", "kv", "--kv-cache-block-size", str(fleet.block_tokens),
+        ]  # fmt: skip
+        frontend = Part("frontend", command, Path(folder) / "frontend.log")
+        frontend.http = f"http://127.0.0.1:{port}"
+        parts.insert(0, frontend)
+
+        def check() -> None:
+            for part in parts:
+                part.check()
+
+        for part in parts:
+            part.spawn()
+        _await_answer(frontend.http, plan.model, check)
+        config = _config(plan, [frontend, parts[1]])
+        yield Side(frontend.http, frontend, parts, [line.replace(folder, "DIR") for line in config])
+
+
+# ---------------------------------------------------------------- all
+
+
+@contextmanager
+def _ended() -> Iterator[list[Part]]:
+    parts: list[Part] = []
+    try:
+        yield parts
+    finally:
+        end(parts)
+
+
+def _config(plan: Plan, parts: Sequence[Part]) -> list[str]:
+    return [f"{part.name}: {shown(part.command, plan.names)}" for part in parts]
+
+
+def _await_answer(url: str, model: str, check: Callable[[], None]) -> None:
+    """Until one request is answered. Raises `NotStarted`, `PartDied`."""
+    body = {"model": model, "prompt": "ready?", "max_tokens": 2, "ignore_eos": True}
+    until = time.monotonic() + START_S
+    said = "nothing"
+    while time.monotonic() < until:
+        check()
+        try:
+            response = httpx.post(f"{url}/v1/completions", json=body, timeout=10)
+            if response.status_code == 200:
+                return
+            said = f"{response.status_code}: {response.text[:200]}"
+        except httpx.TransportError as error:
+            said = type(error).__name__
+        time.sleep(0.5)
+    raise NotStarted(f"no answer after {START_S:.0f} s; the last was {said}")
+
+
+SIDES: Final = {
+    "tandem": tandem,
+    "vllm-router": vllm_router,
+    "sglang-router": sglang_router,
+    "dynamo": dynamo,
+}
+FAILURES: Final = (NotStarted, PartDied, OSError)

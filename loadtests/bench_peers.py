@@ -1,0 +1,252 @@
+"""`make bench-peers`: the same simulated engines behind our router and behind others'.
+
+    python -m loadtests.bench_peers [--only SIDE,…] [--requests N] [--json FILE]
+
+Sides run one after another, each with processes of its own, and are sent the same trace by the same
+clients. A side that can't be installed or started is a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import aiohttp
+
+from deploy.local.models import prepare
+from deploy.local.peers.fleet import Fleet
+from deploy.local.peers.load import Shape, load, shaped
+from deploy.local.peers.sides import FAILURES, PEERS, SIDES, Plan, Side
+from loadtests.peers_figures import COLUMNS, Row, Slo, row_of
+from loadtests.replay import Due, replay
+from loadtests.sse import stream
+from loadtests.table import print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
+    from deploy.local.peers.load import Ask
+
+MODEL = "smollm2-135m"
+REFUSING = "tandem, refusing"
+"""Ours with the SLO's TTFT as its objective: it refuses what can't be in time."""
+ROWS = ["tandem", REFUSING, *(name for name in SIDES if name != "tandem")]
+REST_S = 2.0
+WARM = 16
+CLIENTS, STREAM_TOKENS, SHORT = 16, 256, 400
+_PATH = "/v1/completions"
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class Report:
+    """What was measured so far, in order."""
+
+    rows: dict[str, Row] = field(default_factory=dict)
+    instant: dict[str, dict[str, float]] = field(default_factory=dict)
+    config: dict[str, Sequence[str]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+def main() -> int:
+    """0 when it was measured, also where a side is not there."""
+    args = _parser().parse_args()
+    names = args.only.split(",") if args.only else ROWS
+    if unknown := [n for n in names if n not in ROWS]:
+        print(f"bench_peers: no side is called {unknown[0]!r}; there are {ROWS}", file=sys.stderr)
+        return 2
+    trace = scaled_trace(
+        args.trace, args.seed, args.requests, args.divide_lengths, args.stretch_time
+    )
+    plan = Plan(args.model, prepare(args.model), Fleet(args.prefill, args.decode), args.peers)
+    asks = load(plan.folder, shaped(shape), plan.fleet.max_model_len)
+    slo = Slo(args.slo_ttft_ms / 1e3, args.slo_itl_ms / 1e3)
+    report = Report()
+    for name in names:
+        _measure(name, plan, asks, slo, report)
+    if not args.no_instant:
+        for name in (n for n in names if n != REFUSING):
+            _measure_instant(name, plan, report)
+    _print(report, plan, asks, slo, shape)
+    if args.json:
+        written = {
+            "order": names, "fleet": asdict(plan.fleet), "slo": asdict(slo),
+            "trace": asdict(shape), "config": report.config,
+            "rows": {name: row.as_json() for name, row in report.rows.items()},
+            "instant": report.instant, "errors": report.errors,
+        }  # fmt: skip
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        prog="python -m loadtests.bench_peers",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    fleet, shape = Fleet(), Shape()
+    add("--model", default=MODEL, help="whose tokenizer all sides use")
+    add("--only", help=f"sides, with commas between, of: {'; '.join(ROWS)}")
+    add("--name", default=shape.name, help="a trace that router/twin/generate.py makes")
+    add("--seed", type=int, default=shape.seed, help="of the trace")
+    add("--requests", type=int, default=shape.requests, help="of the trace, from its start")
+    add("--divide-lengths", type=int, default=shape.divide_lengths, help="of prompts and answers")
+    add("--stretch-time", type=float, default=shape.stretch_time, help="arrivals apart by this")
+    add(
+        "--reuse-sooner", type=float, default=shape.reuse_sooner, help="shared beginnings come back"
+    )
+    add("--prefill", type=int, default=fleet.prefill, help="prefill engines")
+    add("--decode", type=int, default=fleet.decode, help="decode engines")
+    add("--slo-ttft-ms", type=float, default=2000, help="of a request's first token")
+    add("--slo-itl-ms", type=float, default=25, help="of the mean of a request's ITL")
+    add("--no-instant", action="store_true", help="leave the section of instant engines out")
+    add("--peers", type=Path, default=PEERS, help="the Python that has the others' packages")
+    add("--json", type=Path, help="write the figures there too")
+    return parser
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- the trace
+
+
+def _measure(name: str, plan: Plan, asks: Sequence[Ask], slo: Slo, report: Report) -> None:
+    if name == REFUSING:
+        plan = replace(plan, ttft_objective_s=slo.ttft_s)
+    requests = [Due(ask.at_s, _body(plan.model, ask.prompt, ask.output_tokens)) for ask in asks]
+
+    async def turn(side: Side) -> Row:
+        warm = [Due(n * 0.02, _body(plan.model, f"Question {n}?", 4)) for n in range(WARM)]
+        await replay(side.url + _PATH, warm)
+        all_s, router_s = side.cpu_s(), side.router_cpu_s()
+        outcomes = await replay(side.url + _PATH, requests)
+        cpu_s = side.cpu_s() - all_s, side.router_cpu_s() - router_s
+        for error, times in Counter(o.error for o in outcomes if o.error).most_common(2):
+            _say(f"{name}: {times} times: {error}")
+        return row_of(outcomes, asks[-1].at_s, slo, cpu_s)
+
+    if (row := _on_side(name, plan, report, turn)) is not None:
+        report.rows[name] = row
+
+
+def _body(model: str, prompt: str, tokens: int) -> dict[str, Any]:
+    return {
+        "model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
+        "ignore_eos": True,
+    }  # fmt: skip
+
+
+def _on_side(
+    name: str, plan: Plan, report: Report, turn: Callable[[Side], Coroutine[Any, Any, _T]]
+) -> _T | None:
+    """What `turn` brings with the side up; None, and the reason in the report, without it."""
+    make = SIDES["tandem" if name == REFUSING else name]
+    what = "instant engines" if plan.fleet.instant else "the trace"
+    began = time.monotonic()
+    try:
+        with make(plan) as side:
+            _say(f"{name}: {what}: ready after {time.monotonic() - began:.0f} s")
+            report.config.setdefault(name, side.config)
+            result = asyncio.run(turn(side))
+            side.check()
+    except FAILURES as error:
+        report.errors[name] = str(error).strip()
+        _say(f"{name}: {what}: {error}")
+        return None
+    _say(f"{name}: {what}: done after {time.monotonic() - began:.0f} s")
+    time.sleep(REST_S)
+    return result
+
+
+# ---------------------------------------------------------------- instant engines
+
+
+def _measure_instant(name: str, plan: Plan, report: Report) -> None:
+    if name in report.errors:
+        return
+    alone = replace(plan, fleet=Fleet(prefill=1, decode=1, instant=True))
+
+    async def turn(side: Side) -> dict[str, float]:
+        url = side.url + _PATH
+        async with aiohttp.ClientSession() as session:
+
+            async def ask(tokens: int) -> int:
+                body = _body(plan.model, "What is the capital of France?", tokens)
+                return (await stream(session, url, body)).tokens
+
+            async def loop(left: int, tokens: int) -> int:
+                return sum([await ask(tokens) for _ in range(left)])
+
+            async def burst(each: int, tokens: int) -> int:
+                return sum(await asyncio.gather(*(loop(each, tokens) for _ in range(CLIENTS))))
+
+            await burst(2, 8)
+            router_s, all_s = side.router_cpu_s(), side.cpu_s()
+            requests = SHORT // CLIENTS * CLIENTS
+            await burst(SHORT // CLIENTS, 2)
+            short_s, short_all_s = side.router_cpu_s() - router_s, side.cpu_s() - all_s
+            router_s, all_s = side.router_cpu_s(), side.cpu_s()
+            tokens = await burst(1, STREAM_TOKENS)
+            token_s, token_all_s = side.router_cpu_s() - router_s, side.cpu_s() - all_s
+        return {
+            "router_us_per_token": token_s / tokens * 1e6,
+            "all_us_per_token": token_all_s / tokens * 1e6,
+            "router_ms_per_request": short_s / requests * 1e3,
+            "all_ms_per_request": short_all_s / requests * 1e3,
+        }
+
+    if (figures := _on_side(name, alone, report, turn)) is not None:
+        report.instant[name] = figures
+
+
+# ---------------------------------------------------------------- on paper
+
+
+def _print(report: Report, plan: Plan, asks: Sequence[Ask], slo: Slo, shape: Shape) -> None:
+    print("How each side was run:")
+    for name, lines in report.config.items():
+        print(f"  {name}")
+        for line in lines:
+            print(f"    {line}")
+    prompts = [a.input_tokens for a in asks]
+    print(
+        f"\n{shape.name} (made up, seed {shape.seed}), {len(asks)} requests in"
+        f" {asks[-1].at_s:.0f} s: lengths divided by {shape.divide_lengths}, times by"
+        f" {1 / shape.stretch_time:g}, beginnings reused {shape.reuse_sooner:g} times sooner;"
+        f" prompts of {sum(prompts) / len(prompts):,.0f} tokens, at most {max(prompts):,}.\n"
+        f"{plan.fleet.prefill} prefill and {plan.fleet.decode} decode engines. SLO: TTFT up to"
+        f" {slo.ttft_s:g} s, mean ITL up to {slo.itl_s * 1e3:g} ms. Measured in this order:"
+    )
+    blank = [""] * (len(COLUMNS) - 2)
+    names = [*report.rows, *(n for n in report.errors if n not in report.rows)]
+    cells = {n: r.cells(n) for n, r in report.rows.items()}
+    print_table(
+        "The trace; times in ms, CPU a request",
+        COLUMNS,
+        [cells.get(n) or [n, "not there", *blank] for n in names],
+    )
+    if report.instant:
+        print_table(
+            f"Instant engines, 1 prefill and 1 decode, {CLIENTS} clients: CPU of streams of"
+            f" {STREAM_TOKENS} tokens, and of requests for 2",
+            ["", "router us a token", "all us a token", "router ms a request", "all ms a request"],
+            [[name, *figures.values()] for name, figures in report.instant.items()],
+        )
+    for name, why in report.errors.items():
+        print(f"{name} is not there: {why}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
