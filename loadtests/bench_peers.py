@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
@@ -26,7 +27,7 @@ from deploy.local.peers.load import Shape, load, shaped
 from deploy.local.peers.sides import FAILURES, PEERS, SIDES, Plan, Side
 from loadtests.peers_figures import COLUMNS, Row, Slo, row_of
 from loadtests.replay import Due, replay
-from loadtests.sse import stream
+from loadtests.sse import StreamFailed, stream
 from loadtests.table import print_table
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ REFUSING = "tandem, refusing"
 ROWS = ["tandem", REFUSING, *(name for name in SIDES if name != "tandem")]
 REST_S = 2.0
 WARM = 16
-CLIENTS, STREAM_TOKENS, SHORT = 16, 256, 400
+CLIENTS, STREAM_TOKENS, SHORT, ROUNDS = 16, 1024, 400, 3
 _PATH = "/v1/completions"
+_TRACE = "the trace"
 _T = TypeVar("_T")
 
 
@@ -62,9 +64,7 @@ def main() -> int:
     if unknown := [n for n in names if n not in ROWS]:
         print(f"bench_peers: no side is called {unknown[0]!r}; there are {ROWS}", file=sys.stderr)
         return 2
-    trace = scaled_trace(
-        args.trace, args.seed, args.requests, args.divide_lengths, args.stretch_time
-    )
+    shape = Shape(**{f.name: vars(args)[f.name] for f in fields(Shape)})
     plan = Plan(args.model, prepare(args.model), Fleet(args.prefill, args.decode), args.peers)
     asks = load(plan.folder, shaped(shape), plan.fleet.max_model_len)
     slo = Slo(args.slo_ttft_ms / 1e3, args.slo_itl_ms / 1e3)
@@ -153,7 +153,7 @@ def _on_side(
 ) -> _T | None:
     """What `turn` brings with the side up; None, and the reason in the report, without it."""
     make = SIDES["tandem" if name == REFUSING else name]
-    what = "instant engines" if plan.fleet.instant else "the trace"
+    what = "instant engines" if plan.fleet.instant else _TRACE
     began = time.monotonic()
     try:
         with make(plan) as side:
@@ -161,8 +161,8 @@ def _on_side(
             report.config.setdefault(name, side.config)
             result = asyncio.run(turn(side))
             side.check()
-    except FAILURES as error:
-        report.errors[name] = str(error).strip()
+    except (*FAILURES, StreamFailed, aiohttp.ClientError) as error:
+        report.errors[f"{name}, {what}"] = str(error).strip() or type(error).__name__
         _say(f"{name}: {what}: {error}")
         return None
     _say(f"{name}: {what}: done after {time.monotonic() - began:.0f} s")
@@ -174,7 +174,7 @@ def _on_side(
 
 
 def _measure_instant(name: str, plan: Plan, report: Report) -> None:
-    if name in report.errors:
+    if f"{name}, {_TRACE}" in report.errors:
         return
     alone = replace(plan, fleet=Fleet(prefill=1, decode=1, instant=True))
 
@@ -192,19 +192,19 @@ def _measure_instant(name: str, plan: Plan, report: Report) -> None:
             async def burst(each: int, tokens: int) -> int:
                 return sum(await asyncio.gather(*(loop(each, tokens) for _ in range(CLIENTS))))
 
-            await burst(2, 8)
-            router_s, all_s = side.router_cpu_s(), side.cpu_s()
-            requests = SHORT // CLIENTS * CLIENTS
+            async def cpu_of(each: int, tokens: int) -> tuple[float, float, int]:
+                router_s, all_s = side.router_cpu_s(), side.cpu_s()
+                count = await burst(each, tokens)
+                return side.router_cpu_s() - router_s, side.cpu_s() - all_s, count
+
             await burst(SHORT // CLIENTS, 2)
-            short_s, short_all_s = side.router_cpu_s() - router_s, side.cpu_s() - all_s
-            router_s, all_s = side.router_cpu_s(), side.cpu_s()
-            tokens = await burst(1, STREAM_TOKENS)
-            token_s, token_all_s = side.router_cpu_s() - router_s, side.cpu_s() - all_s
+            shorts = [await cpu_of(SHORT // CLIENTS, 2) for _ in range(ROUNDS)]
+            longs = [await cpu_of(1, STREAM_TOKENS) for _ in range(ROUNDS)]
         return {
-            "router_us_per_token": token_s / tokens * 1e6,
-            "all_us_per_token": token_all_s / tokens * 1e6,
-            "router_ms_per_request": short_s / requests * 1e3,
-            "all_ms_per_request": short_all_s / requests * 1e3,
+            "router_us_per_token": median(s / count for s, _, count in longs) * 1e6,
+            "all_us_per_token": median(s / count for _, s, count in longs) * 1e6,
+            "router_ms_per_request": median(s / count * 2 for s, _, count in shorts) * 1e3,
+            "all_ms_per_request": median(s / count * 2 for _, s, count in shorts) * 1e3,
         }
 
     if (figures := _on_side(name, alone, report, turn)) is not None:
@@ -229,23 +229,22 @@ def _print(report: Report, plan: Plan, asks: Sequence[Ask], slo: Slo, shape: Sha
         f"{plan.fleet.prefill} prefill and {plan.fleet.decode} decode engines. SLO: TTFT up to"
         f" {slo.ttft_s:g} s, mean ITL up to {slo.itl_s * 1e3:g} ms. Measured in this order:"
     )
-    blank = [""] * (len(COLUMNS) - 2)
-    names = [*report.rows, *(n for n in report.errors if n not in report.rows)]
-    cells = {n: r.cells(n) for n, r in report.rows.items()}
-    print_table(
-        "The trace; times in ms, CPU a request",
-        COLUMNS,
-        [cells.get(n) or [n, "not there", *blank] for n in names],
-    )
+    missing = [[n, "not there", *[""] * (len(COLUMNS) - 2)] for n in ROWS if _missing(n, report)]
+    rows = [row.cells(name) for name, row in report.rows.items()]
+    print_table("The trace; times in ms, CPU a request", COLUMNS, [*rows, *missing])
     if report.instant:
         print_table(
-            f"Instant engines, 1 prefill and 1 decode, {CLIENTS} clients: CPU of streams of"
-            f" {STREAM_TOKENS} tokens, and of requests for 2",
+            f"Instant engines, 1 prefill and 1 decode, {CLIENTS} clients, medians of {ROUNDS}: CPU"
+            f" of streams of {STREAM_TOKENS} tokens, and of requests for 2",
             ["", "router us a token", "all us a token", "router ms a request", "all ms a request"],
             [[name, *figures.values()] for name, figures in report.instant.items()],
         )
     for name, why in report.errors.items():
-        print(f"{name} is not there: {why}")
+        print(f"{name}: {why}")
+
+
+def _missing(name: str, report: Report) -> bool:
+    return f"{name}, {_TRACE}" in report.errors
 
 
 if __name__ == "__main__":

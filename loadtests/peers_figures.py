@@ -77,9 +77,10 @@ def row_of(outcomes: Sequence[Outcome], came_s: float, slo: Slo, cpu_s: tuple[fl
     ttfts_s = [o.ttft_s if o.error is None else inf for o in outcomes]
     gaps_s = [gap for o in answered for gap in o.gaps_s]
     met = sum(slo.met(o) for o in outcomes)
+    ended_s = max((o.ended_s for o in answered), default=0.0)
     prompt_tokens = sum(o.prompt_tokens for o in answered)
     return Row(
-        requests_per_s=len(answered) / max((o.ended_s for o in outcomes), default=inf),
+        requests_per_s=len(answered) / ended_s if ended_s else 0.0,
         ttft_ms_p50=quantile(ttfts_s, 0.5) * 1e3,
         ttft_ms_p99=quantile(ttfts_s, 0.99) * 1e3,
         itl_ms_p50=quantile(gaps_s, 0.5) * 1e3,

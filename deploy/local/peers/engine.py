@@ -99,6 +99,7 @@ class PeerEngine:
     _queues: dict[str, asyncio.Queue[Delta]] = field(default_factory=dict)
     _engine: SimEngine | None = None
     _socket: socket.socket | None = None
+    _transport: asyncio.DatagramTransport | None = None
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _numbers: count[int] = field(default_factory=count)
 
@@ -111,7 +112,9 @@ class PeerEngine:
         self._socket.setblocking(False)
         engine = self._engine
         loop = asyncio.get_running_loop()
-        await loop.create_datagram_endpoint(lambda: _Listener(engine), sock=self._socket)
+        self._transport, _ = await loop.create_datagram_endpoint(
+            lambda: _Listener(engine), sock=self._socket
+        )
 
     async def generate(
         self, prompt: Sequence[int], max_tokens: int, params: Mapping[str, Any] | None
@@ -138,11 +141,16 @@ class PeerEngine:
             if not ended:
                 self._engine.abort([request_id])
 
+    def leases_open(self) -> int:
+        """Finished prefills whose blocks are still kept."""
+        assert self._engine is not None
+        return self._engine.load().leases_open
+
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
-        if self._socket is not None:
-            self._socket.close()
+        if self._transport is not None:
+            self._transport.close()
 
     def _piece(self, asked: Asked, delta: Delta, prompt_tokens: int) -> Piece:
         if delta.ticket is not None:

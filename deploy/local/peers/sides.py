@@ -26,6 +26,9 @@ START_S: Final = 120.0
 PEERS: Final = Path(".peers/bin/python")
 _DETAILS: Final = "--enable-prompt-tokens-details"
 """So that the usage says how much of the prompt was cached."""
+_LEASE_S: Final = 1
+"""Simulated workers in processes of their own hear nothing of each other's reads, so a lease lasts
+all its time: with the usual 30 s the prefill workers' blocks would run out."""
 
 
 class NotStarted(Exception):
@@ -70,7 +73,8 @@ class Side:
     """One line a kind of process."""
 
     def cpu_s(self) -> float:
-        """Of all processes and their children, since their start."""
+        """Of all processes and their children, since their start. Raises `PartDied`."""
+        self.check()
         return sum(_cpu_s(part.pid) for part in self.parts)
 
     def router_cpu_s(self) -> float:
@@ -111,7 +115,7 @@ def tandem(plan: Plan) -> Iterator[Side]:
         plan.model,
         prefill=fleet.prefill,
         decode=fleet.decode,
-        flags=["--engine", "sim", *fleet.sim_flags()],
+        flags=["--engine", "sim", "--lease-s", str(_LEASE_S), *fleet.sim_flags()],
         router_flags=[_DETAILS, *refusing],
     )
     for worker in group.workers:
@@ -136,7 +140,8 @@ def vllm_router(plan: Plan) -> Iterator[Side]:
             "--host", "127.0.0.1", "--port", str(port), "--vllm-pd-disaggregation",
             *(word for url in prefill for word in ("--prefill", url)),
             *(word for url in decode for word in ("--decode", url)),
-            "--prefill-policy", "cache_aware", "--decode-policy", "power_of_two",
+            "--prefill-policy", "cache_aware",
+            "--decode-policy", "power_of_two" if len(decode) > 1 else "round_robin",
             "--prometheus-port", str(free_port()), "--log-level", "warning",
         ]  # fmt: skip
 
@@ -169,7 +174,8 @@ def _http_router(
     with TemporaryDirectory(prefix="peers-") as folder, _ended() as parts:
         fleet = plan.fleet
         fronts = [
-            _front(plan, f"front-{n}", Path(folder)) for n in range(fleet.prefill + fleet.decode)
+            make_front(plan, f"front-{n}", Path(folder))
+            for n in range(fleet.prefill + fleet.decode)
         ]
         for front in fronts:
             front.spawn()
@@ -181,7 +187,6 @@ def _http_router(
 
         for front in fronts:
             front.await_address(check)
-            front.ready_path = "/health"
             front.await_ready(check)
         urls = [front.http for front in fronts]
         port = free_port()
@@ -197,17 +202,21 @@ def _http_router(
         yield Side(router.http, router, parts, _config(plan, [router, fronts[0]]))
 
 
-def _front(plan: Plan, name: str, folder: Path) -> Part:
+def make_front(plan: Plan, name: str, folder: Path) -> Part:
+    """vLLM's server over one simulated engine, not started yet."""
     address_file = folder / f"{name}.json"
     command = [
         sys.executable, "-m", "deploy.local.peers.front", "--model", str(plan.folder),
         "--served-model-name", plan.model, "--address-file", str(address_file), _DETAILS,
         *plan.fleet.vllm_flags(), "--", *plan.fleet.sim_flags(),
     ]  # fmt: skip
-    return Part(name, command, folder / f"{name}.log", address_file)
+    return Part(name, command, folder / f"{name}.log", address_file, ready_path="/health")
 
 
 # ---------------------------------------------------------------- Dynamo
+
+
+_DYNAMO_LISTENS: Final = ("TCP_RPC", "TCP_RESPONSE_STREAM", "EVENT_PLANE", "SYSTEM")
 
 
 @contextmanager
@@ -217,7 +226,8 @@ def dynamo(plan: Plan) -> Iterator[Side]:
     with TemporaryDirectory(prefix="peers-") as folder, _ended() as parts:
         profile = Path(folder) / "profile.npz"
         np.savez(profile, **fleet.mocker_profile())
-        run = ["env", f"DYN_FILE_KV={folder}/kv", "DYN_LOG=warn", *plan.run_peer, "-m"]
+        hosts = [f"DYN_{what}_HOST=127.0.0.1" for what in _DYNAMO_LISTENS]
+        run = ["env", f"DYN_FILE_KV={folder}/kv", "DYN_LOG=warn", *hosts, *plan.run_peer, "-m"]
         planes = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
         roles = ["prefill"] * fleet.prefill + ["decode"] * fleet.decode
         for n, role in enumerate(roles):
@@ -241,6 +251,16 @@ def dynamo(plan: Plan) -> Iterator[Side]:
 
         for part in parts:
             part.spawn()
+
+        def acquainted() -> bool:
+            try:
+                health = httpx.get(f"{frontend.http}/health", timeout=2).json()
+            except httpx.TransportError:
+                return False
+            serving = [i for i in health["instances"] if i["endpoint"] == "generate"]
+            return len(serving) == len(roles)
+
+        frontend.wait_for(acquainted, check)
         _await_answer(frontend.http, plan.model, check)
         config = _config(plan, [frontend, parts[1]])
         yield Side(frontend.http, frontend, parts, [line.replace(folder, "DIR") for line in config])
