@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -153,10 +154,14 @@ def _on_side(
 ) -> _T | None:
     """What `turn` brings with the side up; None, and the reason in the report, without it."""
     make = SIDES["tandem" if name == REFUSING else name]
+    cores = sorted(os.sched_getaffinity(0))
     what = "instant engines" if plan.fleet.instant else _TRACE
     began = time.monotonic()
     try:
+        if plan.fleet.instant:  # Its processes share a core, and the clients have the rest.
+            os.sched_setaffinity(0, cores[:1])
         with make(plan) as side:
+            os.sched_setaffinity(0, cores[1:] if plan.fleet.instant and cores[1:] else cores)
             _say(f"{name}: {what}: ready after {time.monotonic() - began:.0f} s")
             report.config.setdefault(name, side.config)
             result = asyncio.run(turn(side))
@@ -165,6 +170,8 @@ def _on_side(
         report.errors[f"{name}, {what}"] = str(error).strip() or type(error).__name__
         _say(f"{name}: {what}: {error}")
         return None
+    finally:
+        os.sched_setaffinity(0, cores)
     _say(f"{name}: {what}: done after {time.monotonic() - began:.0f} s")
     time.sleep(REST_S)
     return result
@@ -234,8 +241,8 @@ def _print(report: Report, plan: Plan, asks: Sequence[Ask], slo: Slo, shape: Sha
     print_table("The trace; times in ms, CPU a request", COLUMNS, [*rows, *missing])
     if report.instant:
         print_table(
-            f"Instant engines, 1 prefill and 1 decode, {CLIENTS} clients, medians of {ROUNDS}: CPU"
-            f" of streams of {STREAM_TOKENS} tokens, and of requests for 2",
+            f"Instant engines, 1 prefill and 1 decode, a side on one core, {CLIENTS} clients, medians"
+            f" of {ROUNDS}: CPU of streams of {STREAM_TOKENS} tokens, and of requests for 2",
             ["", "router us a token", "all us a token", "router ms a request", "all ms a request"],
             [[name, *figures.values()] for name, figures in report.instant.items()],
         )
