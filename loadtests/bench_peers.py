@@ -241,7 +241,7 @@ def _print(report: Report, plan: Plan, asks: Sequence[Ask], slo: Slo, shape: Sha
     print_table("The trace; times in ms, CPU a request", COLUMNS, [*rows, *missing])
     if report.instant:
         print_table(
-            f"Instant engines, 1 prefill and 1 decode, a side on one core, {CLIENTS} clients, medians"
+            f"Instant engines, 1 prefill and 1 decode, a side on one core, {CLIENTS} clients, median"
             f" of {ROUNDS}: CPU of streams of {STREAM_TOKENS} tokens, and of requests for 2",
             ["", "router us a token", "all us a token", "router ms a request", "all ms a request"],
             [[name, *figures.values()] for name, figures in report.instant.items()],
