@@ -28,7 +28,7 @@ from deploy.local.peers.load import Shape, load, shaped
 from deploy.local.peers.sides import FAILURES, PEERS, SIDES, Plan, Side
 from loadtests.peers_figures import COLUMNS, Row, Slo, row_of
 from loadtests.replay import Due, replay
-from loadtests.sse import StreamFailed, stream
+from loadtests.sse import Stream, StreamFailed, stream
 from loadtests.table import print_table
 
 if TYPE_CHECKING:
@@ -40,9 +40,12 @@ MODEL = "smollm2-135m"
 REFUSING = "tandem, refusing"
 """Ours with the SLO's TTFT as its objective: it refuses what can't be in time."""
 ROWS = ["tandem", REFUSING, *(name for name in SIDES if name != "tandem")]
+INSTANT = Fleet(prefill=1, decode=1, instant=True)
+PACED = Fleet(prefill=1, decode=1, step_ms=2.0, prefill_tokens_per_s=1e9, stream_us=0.0)
+"""An instant engine floods a router, which may then send many tokens in one event."""
 REST_S = 2.0
 WARM = 16
-CLIENTS, STREAM_TOKENS, SHORT, ROUNDS = 16, 1024, 400, 3
+CLIENTS, STREAM_TOKENS, SHORT, ROUNDS = 16, 512, 400, 3
 _PATH = "/v1/completions"
 _TRACE = "the trace"
 _T = TypeVar("_T")
@@ -53,7 +56,7 @@ class Report:
     """What was measured so far, in order."""
 
     rows: dict[str, Row] = field(default_factory=dict)
-    instant: dict[str, dict[str, float]] = field(default_factory=dict)
+    cpu: dict[str, dict[str, float]] = field(default_factory=dict)
     config: dict[str, Sequence[str]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -72,16 +75,17 @@ def main() -> int:
     report = Report()
     for name in names:
         _measure(name, plan, asks, slo, report)
-    if not args.no_instant:
+    if not args.no_cpu:
         for name in (n for n in names if n != REFUSING):
-            _measure_instant(name, plan, report)
+            for fleet in (INSTANT, PACED):
+                _measure_cpu(name, plan, fleet, report)
     _print(report, plan, asks, slo, shape)
     if args.json:
         written = {
             "order": names, "fleet": asdict(plan.fleet), "slo": asdict(slo),
             "trace": asdict(shape), "config": report.config,
             "rows": {name: row.as_json() for name, row in report.rows.items()},
-            "instant": report.instant, "errors": report.errors,
+            "cpu": report.cpu, "errors": report.errors,
         }  # fmt: skip
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
@@ -110,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--decode", type=int, default=fleet.decode, help="decode engines")
     add("--slo-ttft-ms", type=float, default=2000, help="of a request's first token")
     add("--slo-itl-ms", type=float, default=25, help="of the mean of a request's ITL")
-    add("--no-instant", action="store_true", help="leave the section of instant engines out")
+    add("--no-cpu", action="store_true", help="leave the section of CPU a token out")
     add("--peers", type=Path, default=PEERS, help="the Python that has the others' packages")
     add("--json", type=Path, help="write the figures there too")
     return parser
@@ -155,13 +159,16 @@ def _on_side(
     """What `turn` brings with the side up; None, and the reason in the report, without it."""
     make = SIDES["tandem" if name == REFUSING else name]
     cores = sorted(os.sched_getaffinity(0))
-    what = "instant engines" if plan.fleet.instant else _TRACE
+    alone = plan.fleet in (INSTANT, PACED)
+    what = _TRACE
+    if alone:
+        what = "instant engines" if plan.fleet.instant else "paced engines"
     began = time.monotonic()
     try:
-        if plan.fleet.instant:  # Its processes share a core, and the clients have the rest.
+        if alone:  # Its processes share a core, and the clients have the rest.
             os.sched_setaffinity(0, cores[:1])
         with make(plan) as side:
-            os.sched_setaffinity(0, cores[1:] if plan.fleet.instant and cores[1:] else cores)
+            os.sched_setaffinity(0, (alone and cores[1:]) or cores)
             _say(f"{name}: {what}: ready after {time.monotonic() - began:.0f} s")
             report.config.setdefault(name, side.config)
             result = asyncio.run(turn(side))
@@ -177,45 +184,47 @@ def _on_side(
     return result
 
 
-# ---------------------------------------------------------------- instant engines
+# ---------------------------------------------------------------- CPU a token
 
 
-def _measure_instant(name: str, plan: Plan, report: Report) -> None:
+def _measure_cpu(name: str, plan: Plan, fleet: Fleet, report: Report) -> None:
+    """Of streams and of short requests, while all processes of the side share one core."""
     if f"{name}, {_TRACE}" in report.errors:
         return
-    alone = replace(plan, fleet=Fleet(prefill=1, decode=1, instant=True))
 
     async def turn(side: Side) -> dict[str, float]:
         url = side.url + _PATH
         async with aiohttp.ClientSession() as session:
 
-            async def ask(tokens: int) -> int:
+            async def ask(tokens: int) -> Stream:
                 body = _body(plan.model, "What is the capital of France?", tokens)
-                return (await stream(session, url, body)).tokens
+                return await stream(session, url, body)
 
-            async def loop(left: int, tokens: int) -> int:
-                return sum([await ask(tokens) for _ in range(left)])
+            async def client(left: int, tokens: int) -> list[Stream]:
+                return [await ask(tokens) for _ in range(left)]
 
-            async def burst(each: int, tokens: int) -> int:
-                return sum(await asyncio.gather(*(loop(each, tokens) for _ in range(CLIENTS))))
-
-            async def cpu_of(each: int, tokens: int) -> tuple[float, float, int]:
+            async def cpu_of(each: int, tokens: int) -> tuple[float, float, list[Stream]]:
+                """Seconds of the router, of all, and what `CLIENTS` clients heard meanwhile."""
                 router_s, all_s = side.router_cpu_s(), side.cpu_s()
-                count = await burst(each, tokens)
-                return side.router_cpu_s() - router_s, side.cpu_s() - all_s, count
+                heard = await asyncio.gather(*(client(each, tokens) for _ in range(CLIENTS)))
+                cpu_s = side.router_cpu_s() - router_s, side.cpu_s() - all_s
+                return *cpu_s, [s for streams in heard for s in streams]
 
-            await burst(SHORT // CLIENTS, 2)
+            await cpu_of(SHORT // CLIENTS, 2)
             shorts = [await cpu_of(SHORT // CLIENTS, 2) for _ in range(ROUNDS)]
             longs = [await cpu_of(1, STREAM_TOKENS) for _ in range(ROUNDS)]
+        tokens = sum(s.tokens for s in longs[0][2])
         return {
-            "router_us_per_token": median(s / count for s, _, count in longs) * 1e6,
-            "all_us_per_token": median(s / count for _, s, count in longs) * 1e6,
-            "router_ms_per_request": median(s / count * 2 for s, _, count in shorts) * 1e3,
-            "all_ms_per_request": median(s / count * 2 for _, s, count in shorts) * 1e3,
+            "tokens_per_event": tokens / sum(s.events for s in longs[0][2]),
+            "router_us_per_token": median(s for s, _, _ in longs) / tokens * 1e6,
+            "all_us_per_token": median(s for _, s, _ in longs) / tokens * 1e6,
+            "router_ms_per_request": median(s for s, _, _ in shorts) / len(shorts[0][2]) * 1e3,
+            "all_ms_per_request": median(s for _, s, _ in shorts) / len(shorts[0][2]) * 1e3,
         }
 
-    if (figures := _on_side(name, alone, report, turn)) is not None:
-        report.instant[name] = figures
+    what = "instant" if fleet.instant else f"a step every {fleet.step_ms:g} ms"
+    if (figures := _on_side(name, replace(plan, fleet=fleet), report, turn)) is not None:
+        report.cpu[f"{name}, {what}"] = figures
 
 
 # ---------------------------------------------------------------- on paper
@@ -239,12 +248,12 @@ def _print(report: Report, plan: Plan, asks: Sequence[Ask], slo: Slo, shape: Sha
     missing = [[n, "not there", *[""] * (len(COLUMNS) - 2)] for n in ROWS if _missing(n, report)]
     rows = [row.cells(name) for name, row in report.rows.items()]
     print_table("The trace; times in ms, CPU a request", COLUMNS, [*rows, *missing])
-    if report.instant:
+    if report.cpu:
         print_table(
-            f"Instant engines, 1 prefill and 1 decode, a side on one core, {CLIENTS} clients, median"
-            f" of {ROUNDS}: CPU of streams of {STREAM_TOKENS} tokens, and of requests for 2",
-            ["", "router us a token", "all us a token", "router ms a request", "all ms a request"],
-            [[name, *figures.values()] for name, figures in report.instant.items()],
+            f"CPU of streams of {STREAM_TOKENS} tokens and of requests for 2: {CLIENTS} clients,"
+            f" medians of {ROUNDS},\n1 prefill and 1 decode, all processes of a side on one core",
+            ["engines", "tokens an event", "router us/token", "all", "router ms/request", "all"],
+            [[name, *figures.values()] for name, figures in report.cpu.items()],
         )
     for name, why in report.errors.items():
         print(f"{name}: {why}")
