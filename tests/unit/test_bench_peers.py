@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from dataclasses import replace
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from deploy.local.peers.engine import EngineFailed, PeerEngine, Piece, read_params
 from deploy.local.peers.fleet import Fleet, shown
 from deploy.local.peers.load import Shape, shaped
+from deploy.local.peers.sides import SIDES, NotStarted, Plan
 from loadtests.peers_figures import COLUMNS, Slo, quantile, row_of
 from loadtests.replay import Outcome
 from workers.api import Phase
@@ -96,6 +99,18 @@ def test_an_instant_fleet_is_told_to_every_kind_of_engine() -> None:
 def test_a_shown_command_names_no_place_of_this_machine() -> None:
     command = ["/a/python", "--model", "/b/model", "--port", "7"]
     assert shown(command, {"/a/": "", "/b/model": "MODEL"}) == "python --model MODEL --port 7"
+
+
+@pytest.mark.parametrize("name", ["vllm-router", "sglang-router", "dynamo"])
+def test_without_its_package_a_peer_says_so_before_anything_starts(
+    name: str, tmp_path: Path
+) -> None:
+    plan = Plan("m", tmp_path, Fleet(), tmp_path / "bin" / "python")
+    with pytest.raises(NotStarted, match="make bench-peers"), SIDES[name](plan):
+        pass
+    bare = replace(plan, peers=Path(sys.executable))  # Ours, which has none of them.
+    with pytest.raises(NotStarted, match="No module named"), SIDES[name](bare):
+        pass
 
 
 def shared(trace: Trace) -> float:

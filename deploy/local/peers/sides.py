@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ def tandem(plan: Plan) -> Iterator[Side]:
         assert group.router is not None
         parts = [group.router, *group.workers]
         _await_answer(group.url, plan.model, group.check)
-        yield Side(group.url, group.router, parts, _config(plan, parts))
+        yield Side(group.url, group.router, parts, _config(plan, [*parts[:2], parts[-1]]))
 
 
 # ---------------------------------------------------------------- HTTP routers
@@ -145,6 +146,7 @@ def vllm_router(plan: Plan) -> Iterator[Side]:
             "--prometheus-port", str(free_port()), "--log-level", "warning",
         ]  # fmt: skip
 
+    _require(plan, "vllm_router.launch_router")
     with _http_router(plan, "vllm-router", command) as side:
         yield side
 
@@ -163,6 +165,7 @@ def sglang_router(plan: Plan) -> Iterator[Side]:
             "--log-level", "warn",
         ]  # fmt: skip
 
+    _require(plan, "sglang_router.launch_router")
     with _http_router(plan, "sglang-router", command) as side:
         yield side
 
@@ -222,6 +225,7 @@ _DYNAMO_LISTENS: Final = ("TCP_RPC", "TCP_RESPONSE_STREAM", "EVENT_PLANE", "SYST
 @contextmanager
 def dynamo(plan: Plan) -> Iterator[Side]:
     """Dynamo's frontend with its KV router, over its own mocker."""
+    _require(plan, "dynamo.mocker.main")
     fleet = plan.fleet
     with TemporaryDirectory(prefix="peers-") as folder, _ended() as parts:
         profile = Path(folder) / "profile.npz"
@@ -262,8 +266,7 @@ def dynamo(plan: Plan) -> Iterator[Side]:
 
         frontend.wait_for(acquainted, check)
         _await_answer(frontend.http, plan.model, check)
-        config = _config(plan, [frontend, parts[1]])
-        yield Side(frontend.http, frontend, parts, [line.replace(folder, "DIR") for line in config])
+        yield Side(frontend.http, frontend, parts, _config(plan, [*parts[:2], parts[-1]]))
 
 
 # ---------------------------------------------------------------- all
@@ -279,7 +282,22 @@ def _ended() -> Iterator[list[Part]]:
 
 
 def _config(plan: Plan, parts: Sequence[Part]) -> list[str]:
-    return [f"{part.name}: {shown(part.command, plan.names)}" for part in parts]
+    return [
+        f"{part.name}: {shown(part.command, {**plan.names, str(part.log.parent): 'DIR'})}"
+        for part in parts
+    ]
+
+
+def _require(plan: Plan, module: str) -> None:
+    """Raises `NotStarted` where the others' environment has no such module."""
+    if not plan.peers.exists():
+        raise NotStarted(f"there is no {plan.peers}; `make bench-peers` makes it")
+    ran = subprocess.run(
+        [*plan.run_peer, "-c", f"import {module}"],
+        check=False, capture_output=True, text=True, timeout=START_S,
+    )  # fmt: skip
+    if ran.returncode:
+        raise NotStarted((ran.stderr.strip().splitlines() or ["it can't be imported"])[-1])
 
 
 def _await_answer(url: str, model: str, check: Callable[[], None]) -> None:
@@ -306,4 +324,4 @@ SIDES: Final = {
     "sglang-router": sglang_router,
     "dynamo": dynamo,
 }
-FAILURES: Final = (NotStarted, PartDied, OSError)
+FAILURES: Final = (NotStarted, PartDied, OSError, subprocess.TimeoutExpired)
