@@ -101,7 +101,7 @@ def test_a_shown_command_names_no_place_of_this_machine() -> None:
     assert shown(command, {"/a/": "", "/b/model": "MODEL"}) == "python --model MODEL --port 7"
 
 
-@pytest.mark.parametrize("name", ["vllm-router", "sglang-router", "dynamo"])
+@pytest.mark.parametrize("name", ["vllm-router", "vllm-router kv", "sglang-router", "dynamo"])
 def test_without_its_package_a_peer_says_so_before_anything_starts(
     name: str, tmp_path: Path
 ) -> None:

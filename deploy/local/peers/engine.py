@@ -18,9 +18,10 @@ from workers.api import Delta, Finish, Generate, Phase
 from workers.engines.sim import SimEngine
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
     from workers.api import Load
+    from workers.engines.base import CacheChange
     from workers.engines.sim_settings import SimSettings
 
 _LAST: Final = frozenset({Finish.STOP, Finish.LENGTH, Finish.ABORT, Finish.PREFILLED})
@@ -96,6 +97,8 @@ class PeerEngine:
     """Runs on the event loop on which it was started."""
 
     settings: SimSettings
+    on_changes: Callable[[list[CacheChange]], None] | None = None
+    """Is told what the prefix cache stored and removed, step by step."""
     _queues: dict[str, asyncio.Queue[Delta]] = field(default_factory=dict)
     _engine: SimEngine | None = None
     _socket: socket.socket | None = None
@@ -169,6 +172,9 @@ class PeerEngine:
         return Piece(len(delta.token_ids), delta.finish is not None, cached)
 
     def _on_step(self, load: Load, deltas: list[Delta]) -> None:
+        assert self._engine is not None
+        if self.on_changes is not None and (changes := self._engine.cache_changes()):
+            self.on_changes(changes)
         for delta in deltas:
             if (queue := self._queues.get(delta.request_id)) is not None:
                 queue.put_nowait(delta)

@@ -135,16 +135,8 @@ def tandem(plan: Plan) -> Iterator[Side]:
 def vllm_router(plan: Plan) -> Iterator[Side]:
     """vllm-router in its P/D mode, policies as in its own help, over vLLM's HTTP server."""
 
-    def command(prefill: Sequence[str], decode: Sequence[str], port: int) -> list[str]:
-        return [
-            *plan.run_peer, "-m", "vllm_router.launch_router",
-            "--host", "127.0.0.1", "--port", str(port), "--vllm-pd-disaggregation",
-            *(word for url in prefill for word in ("--prefill", url)),
-            *(word for url in decode for word in ("--decode", url)),
-            "--prefill-policy", "cache_aware",
-            "--decode-policy", "power_of_two" if len(decode) > 1 else "round_robin",
-            "--prometheus-port", str(free_port()), "--log-level", "warning",
-        ]  # fmt: skip
+    def command(prefill: Sequence[Part], decode: Sequence[Part], port: int) -> list[str]:
+        return [*_vllm_router(plan, prefill, decode, port), "--prefill-policy", "cache_aware"]
 
     _require(plan, "vllm_router.launch_router")
     with _http_router(plan, "vllm-router", command) as side:
@@ -152,15 +144,46 @@ def vllm_router(plan: Plan) -> Iterator[Side]:
 
 
 @contextmanager
+def vllm_router_kv(plan: Plan) -> Iterator[Side]:
+    """The same with its `kv_aware` prefill policy, which hears the fronts' KV events."""
+
+    def command(prefill: Sequence[Part], decode: Sequence[Part], port: int) -> list[str]:
+        heard = (("--pd-kv-events", f"{front.http}={front.channel}") for front in prefill)
+        return [
+            "env", f"VLLM_ROUTER_TOKENIZER={plan.folder}",
+            *_vllm_router(plan, prefill, decode, port), "--prefill-policy", "kv_aware",
+            *(word for words in heard for word in words),
+        ]  # fmt: skip
+
+    _require(plan, "vllm_router.launch_router")
+    with _http_router(plan, "vllm-router", command, events=True) as side:
+        yield side
+
+
+def _vllm_router(
+    plan: Plan, prefill: Sequence[Part], decode: Sequence[Part], port: int
+) -> list[str]:
+    return [
+        *plan.run_peer, "-m", "vllm_router.launch_router",
+        "--host", "127.0.0.1", "--port", str(port), "--vllm-pd-disaggregation",
+        *(word for front in prefill for word in ("--prefill", front.http)),
+        *(word for front in decode for word in ("--decode", front.http)),
+        "--decode-policy", "power_of_two" if len(decode) > 1 else "round_robin",
+        "--prometheus-port", str(free_port()), "--log-level", "warning",
+    ]  # fmt: skip
+
+
+@contextmanager
 def sglang_router(plan: Plan) -> Iterator[Side]:
     """sglang-router over the same fronts, all of them mixed: to split prefill and decode of vLLM it
     needs vLLM's gRPC server, and over HTTP SGLang's own bootstrap."""
 
-    def command(prefill: Sequence[str], decode: Sequence[str], port: int) -> list[str]:
+    def command(prefill: Sequence[Part], decode: Sequence[Part], port: int) -> list[str]:
         return [
             *plan.run_peer, "-m", "sglang_router.launch_router",
             "--host", "127.0.0.1", "--port", str(port),
-            "--worker-urls", *prefill, *decode, "--policy", "cache_aware",
+            "--worker-urls", *(front.http for front in (*prefill, *decode)),
+            "--policy", "cache_aware",
             "--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()),
             "--log-level", "warn",
         ]  # fmt: skip
@@ -172,15 +195,22 @@ def sglang_router(plan: Plan) -> Iterator[Side]:
 
 @contextmanager
 def _http_router(
-    plan: Plan, name: str, command: Callable[[Sequence[str], Sequence[str], int], list[str]]
+    plan: Plan,
+    name: str,
+    command: Callable[[Sequence[Part], Sequence[Part], int], list[str]],
+    *,
+    events: bool = False,
 ) -> Iterator[Side]:
+    """`events`: the fronts publish vLLM's KV events, at their `channel`."""
     with TemporaryDirectory(prefix="peers-") as folder, _ended() as parts:
         fleet = plan.fleet
-        fronts = [
-            make_front(plan, f"front-{n}", Path(folder))
-            for n in range(fleet.prefill + fleet.decode)
-        ]
-        for front in fronts:
+        fronts = []
+        for n in range(fleet.prefill + fleet.decode):
+            where = f"tcp://127.0.0.1:{free_port()}" if events else ""
+            front = make_front(plan, f"front-{n}", Path(folder))
+            front.command += ["--kv-events", where] if events else []
+            fronts.append((front, where))
+        for front, _ in fronts:
             front.spawn()
             parts.append(front)
 
@@ -188,21 +218,22 @@ def _http_router(
             for part in parts:
                 part.check()
 
-        for front in fronts:
+        for front, where in fronts:
             front.await_address(check)
+            front.channel = where
             front.await_ready(check)
-        urls = [front.http for front in fronts]
+        prefill, decode = parts[: fleet.prefill], parts[fleet.prefill :]
         port = free_port()
         router = Part(
             name,
-            command(urls[: fleet.prefill], urls[fleet.prefill :], port),
+            command(prefill, decode, port),
             Path(folder) / f"{name}.log",
         )
         router.http = f"http://127.0.0.1:{port}"
         router.spawn()
         parts.insert(0, router)
         _await_answer(router.http, plan.model, check)
-        yield Side(router.http, router, parts, _config(plan, [router, fronts[0]]))
+        yield Side(router.http, router, parts, _config(plan, [router, fronts[0][0]]))
 
 
 def make_front(plan: Plan, name: str, folder: Path) -> Part:
@@ -321,6 +352,7 @@ def _await_answer(url: str, model: str, check: Callable[[], None]) -> None:
 SIDES: Final = {
     "tandem": tandem,
     "vllm-router": vllm_router,
+    "vllm-router kv": vllm_router_kv,
     "sglang-router": sglang_router,
     "dynamo": dynamo,
 }
