@@ -8,6 +8,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 VENV ?= .venv
+PEERS ?= .peers
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 USERS ?= 2
@@ -87,6 +88,16 @@ twin-check: model  ## what the twin foretells of real engines, beside what they 
 bench: model  ## the router beside vLLM's bare front, disaggregated beside aggregated: tables
 	@$(BIN)/python -m loadtests.bench --model $(MODEL) --json reports/bench.json
 
+.PHONY: bench-peers
+bench-peers: model $(PEERS)/.locked  ## others' routers over the same simulated engines: a table (FLAGS="--only …")
+	@$(BIN)/python -m loadtests.bench_peers --peers $(PEERS)/bin/python \
+	    --json reports/bench-peers.json $(FLAGS)
+
+$(PEERS)/.locked: requirements/peers.txt requirements/peers.sh $(VENV)/.locked
+	@echo "bench-peers: installing the others' routers into $(PEERS)"
+	@requirements/peers.sh $(BIN)/python $(PEERS)
+	@touch $@
+
 .PHONY: bench-handoff
 bench-handoff: model  ## each KV transport beside memcpy, NIXL bare and two sockets: tables
 	@$(BIN)/python -m kvtransfer.bench --json reports/bench-transports.json
@@ -106,5 +117,5 @@ lock:  ## write the lock files anew (needs uv; UPGRADE=1 for the newest)
 
 .PHONY: clean
 clean:  ## remove the environment, caches and reports; prepared models stay
-	rm -rf $(VENV) build dist reports *.egg-info .mypy_cache .ruff_cache .hypothesis \
+	rm -rf $(VENV) $(PEERS) build dist reports *.egg-info .mypy_cache .ruff_cache .hypothesis \
 	    .pytest_cache .import_linter_cache

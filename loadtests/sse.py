@@ -30,6 +30,9 @@ class Stream:
     """Events that carried text."""
     tokens: int = 0
     """As the server counted them in its usage, else one an event."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt. Both from the usage, 0 where it does not say."""
 
 
 async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Stream:
@@ -55,7 +58,7 @@ async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any])
                 usage = line
             elif line.startswith(b'data: {"error"'):
                 raise StreamFailed(line.decode(errors="replace").strip())
-            elif b'"role":"assistant"' not in line:
+            elif b'"role":"assistant"' not in line and not _only_ends(line):
                 now = time.perf_counter()
                 if result.events:
                     result.gaps_s.append(now - last)
@@ -67,5 +70,14 @@ async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any])
         raise StreamFailed("the stream broke off")
     result.tokens = result.events
     if usage:
-        result.tokens = json.loads(usage[len(_DATA) :])["usage"]["completion_tokens"]
+        counts = json.loads(usage[len(_DATA) :])["usage"]
+        result.tokens = counts["completion_tokens"]
+        result.prompt_tokens = counts["prompt_tokens"]
+        details = counts.get("prompt_tokens_details") or {}
+        result.cached_tokens = details.get("cached_tokens") or 0
     return result
+
+
+def _only_ends(line: bytes) -> bool:
+    """An event for the finish reason alone, as Dynamo sends it."""
+    return b'"text":""' in line and b'"finish_reason":"' in line

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Cell = str | float
-_WIDTH = 110
+_WIDTH = 120
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
     """Numbers get three significant digits and stand right."""
     table = Table(*columns, title=title, title_justify="left", box=box.ASCII2)
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:

@@ -218,7 +218,11 @@ KINDS: Final = {
 def generate(name: str, seed: int, requests: int | None = None) -> Trace:
     """`requests`: all that the published one has, by default. Raises KeyError."""
     kind = KINDS[name]
-    count = kind.requests if requests is None else requests
+    return generate_kind(name, kind, seed, kind.requests if requests is None else requests)
+
+
+def generate_kind(name: str, kind: Kind, seed: int, count: int) -> Trace:
+    """One that is like `kind`; equal names and seeds draw the same random numbers."""
     # A stream of random numbers for each, so that more requests begin with the same ones.
     rngs = [random.Random(f"{name}/{seed}/{what}") for what in ("gaps", "in", "out", "share")]
     gaps = kind.gaps(rngs[0], kind.per_s, kind.cv)

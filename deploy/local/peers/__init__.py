@@ -1,0 +1,1 @@
+"""The same simulated engines behind others' routers, and ours."""
