@@ -376,8 +376,6 @@ class History:
         assert self.session.slices is not None
         found = sightings(merge(self.session.slices.values(), ROLE_LABEL), ROLES)
         self._tell(self._membership.observe(found, self.now))
-        if self._membership.due_at is not None:
-            self._at(self._membership.due_at, lambda: self._tell(self._membership.tick(self.now)))
 
     def _tell(self, changes: list) -> None:
         for change in changes:
@@ -385,6 +383,8 @@ class History:
                 del self._told[change.peer.uid]
             else:
                 self._told[change.peer.uid] = change.kind
+        if (due := self._membership.due_at) is not None:
+            self._at(due, lambda: self._tell(self._membership.tick(self.now)))
 
     def _check(self) -> None:
         session = self.session
