@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SETTLE_S: Final = 0.02
+"""What changes within that time is shown at once: a group that starts is a burst of events."""
 _REFUSAL_MAX: Final = 1 << 16
 """Bytes of a refusal that are read."""
 
@@ -44,6 +46,7 @@ class Reflector:
         self._roles = roles
         self._path = f"/apis/discovery.k8s.io/v1/namespaces/{access.namespace}/endpointslices"
         self._told: str | None = None
+        self._showing: asyncio.TimerHandle | None = None
 
     @property
     def heard_at(self) -> float | None:
@@ -52,6 +55,13 @@ class Reflector:
 
     async def run(self, observe: Observe) -> None:
         """Until cancelled."""
+        try:
+            await self._go_on(observe)
+        finally:
+            if self._showing:
+                self._showing.cancel()
+
+    async def _go_on(self, observe: Observe) -> None:
         loop = asyncio.get_running_loop()
         while True:
             query = self.session.next(loop.time())
@@ -94,14 +104,20 @@ class Reflector:
             patience.reschedule(session.give_up_at)
             async for chunk in response.aiter_bytes():
                 if session.feed(chunk, now()):
-                    self._show(observe)
+                    self._show_soon(observe)
                 if session.done:
                     return
                 patience.reschedule(session.give_up_at)
             if session.ended(now()):
-                self._show(observe)
+                self._show_soon(observe)
+
+    def _show_soon(self, observe: Observe) -> None:
+        if self._showing is None:
+            loop = asyncio.get_running_loop()
+            self._showing = loop.call_later(SETTLE_S, self._show, observe)
 
     def _show(self, observe: Observe) -> None:
+        self._showing = None
         assert self.session.slices is not None
         observe(sightings(merge(self.session.slices.values(), self._role_label), self._roles))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("router")
 
+FILES_WANTED = 65_536
+
 
 def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. 1 when it can't start."""
@@ -65,6 +68,7 @@ def main(argv: list[str]) -> int:
     except (KeyFileBad, ModelMissing, NoCluster, OSError) as error:
         print(f"tandem router: {error}", file=sys.stderr)
         return 1
+    _allow_files()
     # A bad flag should be told of in a moment: what takes seconds comes after.
     # vLLM's GPU build refuses to start where there is no GPU, and the router needs none.
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
@@ -93,6 +97,14 @@ class Ways:
 
     curve: Curve | None
     source: Source | None
+
+
+def _allow_files() -> None:
+    """A worker takes four, and many systems allow 1,024 until one asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(FILES_WANTED, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _limits(settings: RouterSettings) -> Limits:

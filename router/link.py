@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 BEAT_S: Final = 1.0
 RECEIVE_MAX: Final = 64
 """Messages taken from one socket before the loop may do something else."""
+LINKS_MAX: Final = 4000
+SOCKETS_A_LINK: Final = 3
+"""Its own, and the two ends of its monitor."""
 SEND_QUEUE_MAX: Final = 10_000
 """Messages to one worker that may wait; one that takes no more is lost."""
 
@@ -242,6 +245,8 @@ class Links:
         curve: Curve | None = None,
     ) -> None:
         self.context = zmq.Context()
+        # libzmq's own limit is reached by 341 links.
+        self.context.set(zmq.MAX_SOCKETS, LINKS_MAX * SOCKETS_A_LINK + 1)
         self.curve = curve
         self.facts = facts
         self.dispatch = dispatch
@@ -257,7 +262,9 @@ class Links:
     def connect(self, address: str) -> None:
         """Keep a link to this address, and give its worker requests."""
         link = self._links.get(address)
-        if link is None:
+        if link is None and len(self._links) >= LINKS_MAX:
+            log.error("too many workers", extra={"address": address, "most": LINKS_MAX})
+        elif link is None:
             self._links[address] = self._make(address)
         else:
             link.leaving = False

@@ -83,3 +83,22 @@ def test_without_a_cluster_it_says_what_is_missing(tmp_path: Path) -> None:
         Access.find({"KUBERNETES_SERVICE_HOST": "h"}, account=tmp_path)
     with pytest.raises(NoCluster, match="namespace"):
         Access.find({}, url="http://h", account=tmp_path)
+
+
+def test_a_set_is_taken_anew_now_and_then() -> None:
+    """So that nothing that a watch ever missed lasts for ever."""
+    session = new_session()
+    now, phases = 0.0, []
+    annotations = {"k8s.io/initial-events-end": "true"}
+    end = {"metadata": {"resourceVersion": "900", "annotations": annotations}}
+    while now < 2000.0:
+        query = session.next(now)
+        assert query
+        session.opened(now)
+        phases.append("sendInitialEvents" in query)
+        if phases[-1]:
+            session.feed(line("BOOKMARK", end), now)
+        now += 250.0
+        session.ended(now)
+        now = max(now, session.next_at)
+    assert phases == [True, False, False, True, False, False, True, False]
