@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LATENCY_MAX_S = 1.0
 BOOKMARK_S = 60.0
 FAULTY_S = 600.0
-TROUBLE_MAX_S = 120.0
+TROUBLE_MAX_S = 300.0
 ROLES = {role: RoleFacts(7000) for role in ("prefill", "decode")}
 _GAP = 1.0 - 1e-6
 
@@ -226,6 +226,9 @@ class History:
             connection.mute = True
             return
         connection.watcher = watcher
+        if "sendInitialEvents" in query and self.now < FAULTY_S and self.random.random() < 0.2:
+            self._fault(partial(self._break_snapshot, connection, watcher.lines()))
+            return
         self._flush(connection)
         lasts_s = 1.0 if self._is("ends early") else int(query["timeoutSeconds"])
         self._at(self.now + lasts_s, partial(self._end, connection))
@@ -304,6 +307,16 @@ class History:
                 self._arrive(connection, partial(self._feed, half[: len(half) // 2]))
             connection.watcher = None
             self._fails(connection, Failure.BROKEN_OFF)
+
+    def _break_snapshot(self, connection: Connection, lines: list[bytes]) -> None:
+        """Some of it comes, and what came may be deleted before the next one."""
+        self.seen["broken snapshot"] += 1
+        if part := b"".join(lines[: self.random.randrange(len(lines))]):
+            self._send(connection, part)
+        connection.watcher = None
+        self._fails(connection, Failure.BROKEN_OFF)
+        if self.random.random() < 0.5:
+            self._at(self.now + LATENCY_MAX_S, partial(self.group.change, self.random))
 
     def _mute(self) -> None:
         if connection := self._streaming():

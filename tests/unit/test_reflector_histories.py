@@ -31,6 +31,6 @@ def test_histories_have_every_fault() -> None:
         "410 as a status", "410 as an event", "clean end", "half open", "silent", "cut", "page",
         "HTTP 401", "HTTP 429", "HTTP 500", "down", "unreachable", "garbage", "error event",
         "expired in the stream", "more pages", "list", "ends early", "hangs", "stalls", "HTTP 422",
-        "page expired",
+        "page expired", "broken snapshot",
     ]  # fmt: skip
     assert [what for what in rare if not seen[what]] == []

@@ -14,6 +14,10 @@ from tests.apiserver.store import line, status
 RECORDINGS = Path(__file__).parents[1] / "data" / "k8s"
 
 
+ANNOTATIONS = {"k8s.io/initial-events-end": "true"}
+END = {"metadata": {"resourceVersion": "900", "annotations": ANNOTATIONS}}
+
+
 def new_session() -> Session:
     return Session("a=b", lambda low, high: (low + high) / 2)
 
@@ -36,9 +40,7 @@ def test_a_version_of_another_life_of_the_server_is_given_up() -> None:
     session = new_session()
     session.next(0.0)
     session.opened(0.1)
-    annotations = {"k8s.io/initial-events-end": "true"}
-    end = {"metadata": {"resourceVersion": "900", "annotations": annotations}}
-    assert session.feed(line("BOOKMARK", end), 0.2)
+    assert session.feed(line("BOOKMARK", END), 0.2)
     session.ended(20.0)
     query = session.next(30.0)
     assert query
@@ -89,16 +91,54 @@ def test_a_set_is_taken_anew_now_and_then() -> None:
     """So that nothing that a watch ever missed lasts for ever."""
     session = new_session()
     now, phases = 0.0, []
-    annotations = {"k8s.io/initial-events-end": "true"}
-    end = {"metadata": {"resourceVersion": "900", "annotations": annotations}}
     while now < 2000.0:
         query = session.next(now)
         assert query
         session.opened(now)
         phases.append("sendInitialEvents" in query)
         if phases[-1]:
-            session.feed(line("BOOKMARK", end), now)
+            session.feed(line("BOOKMARK", END), now)
         now += 250.0
         session.ended(now)
         now = max(now, session.next_at)
     assert phases == [True, False, False, True, False, False, True, False]
+
+
+def test_only_the_marked_bookmark_ends_a_snapshot() -> None:
+    session = new_session()
+    session.next(0.0)
+    session.opened(0.1)
+    part = {"metadata": {"name": "s", "resourceVersion": "7"}}
+    assert not session.feed(line("ADDED", part), 0.2)
+    assert not session.feed(line("BOOKMARK", {"metadata": {"resourceVersion": "8"}}), 0.2)
+    assert session.slices is None
+    assert session.feed(line("BOOKMARK", END), 0.3)
+    assert set(session.slices or ()) == {"s"}
+
+
+def test_a_snapshot_that_broke_off_leaves_nothing_behind() -> None:
+    session = new_session()
+    session.next(0.0)
+    session.opened(0.1)
+    session.feed(line("ADDED", {"metadata": {"name": "deleted meanwhile"}}), 0.2)
+    session.failed(Failure.BROKEN_OFF, "", 0.3)
+    session.next(10.0)
+    session.opened(10.1)
+    assert session.feed(line("BOOKMARK", END), 10.2)
+    assert session.slices == {}
+
+
+def test_after_a_long_outage_an_expired_version_costs_two_short_pauses() -> None:
+    session = new_session()
+    session.next(0.0)
+    session.opened(0.0)
+    session.feed(line("BOOKMARK", END), 0.0)
+    session.failed(Failure.BROKEN_OFF, "", 0.1)
+    while session.next_at < 300.0:
+        now = session.next_at
+        session.next(now)
+        session.failed(Failure.UNREACHABLE, "", now)
+    now = session.next_at
+    session.next(now)
+    session.refused(410, b"", None, now)
+    assert session.next_at < now + 2.5
