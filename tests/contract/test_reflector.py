@@ -155,6 +155,20 @@ def test_a_watch_that_breaks_goes_on(how: str) -> None:
     asyncio.run(play())
 
 
+def test_a_watch_of_a_quiet_group_is_left_alone() -> None:
+    async def play() -> None:
+        async with rig() as here:
+            await here.follows()
+            here.server.end()
+            await here.until(lambda: here.session.requests[Phase.WATCH] > 0)
+            await here.until(lambda: len(here.server.watches) == 1)
+            asked = len(here.server.asked)
+            await asyncio.sleep(2 * PATIENCE.answer_s)
+            assert len(here.server.asked) == asked
+
+    asyncio.run(play())
+
+
 @pytest.mark.parametrize("snapshots", ["refused", "ignored"])
 def test_a_server_without_snapshots_is_listed_page_by_page(snapshots: str) -> None:
     async def play() -> None:

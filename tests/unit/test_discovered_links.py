@@ -100,7 +100,9 @@ def test_who_is_gone_and_idle_is_left_at_once_and_may_come_back() -> None:
     run(test())
 
 
-def test_who_comes_back_while_it_leaves_is_kept() -> None:
+def test_who_comes_back_while_it_leaves_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.link.BEAT_S", 0.05)
+
     async def test() -> None:
         async with place(config=FAST) as worker, router(None) as here:
             tell(here, worker.channel.address, Kind.READY)
@@ -109,6 +111,8 @@ def test_who_comes_back_while_it_leaves_is_kept() -> None:
             tell(here, worker.channel.address, Kind.GONE)
             tell(here, worker.channel.address, Kind.READY)
             await until(lambda: len(here.tokens) == OUTPUTS)
+            await asyncio.sleep(0.2)
+            assert len(list(here.links)) == 1
             await here.is_served()
 
     run(test())

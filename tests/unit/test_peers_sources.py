@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,7 +20,6 @@ from tests.virtual_time import VirtualLoop
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
-    from pathlib import Path
 
 
 def run(coroutine: Coroutine) -> None:
@@ -104,6 +104,24 @@ def test_a_file_is_followed_and_what_is_wrong_with_it_changes_nothing(tmp_path: 
         assert await after("tcp://b:1\n") == ["gone a:1"]
         assert await after("") == ["gone b:1"]
         task.cancel()
+
+    asyncio.run(play())
+
+
+def test_a_file_that_is_half_written_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, half = "tcp://a:1\ntcp://b:1\n", "tcp://a:1\n"
+    reads = [whole, whole, half, whole, "", whole, half, half]
+    monkeypatch.setattr(FileOfPeers, "_read", lambda _: reads.pop(0) if reads else half)
+
+    async def play() -> None:
+        told = Told()
+        discovery = Discovery(FileOfPeers(Path("peers"), every_s=0.01), told, debounce_s=0.001)
+        task = asyncio.create_task(discovery.run())
+        while reads:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        assert told.take() == ["joined a:1", "ready a:1", "joined b:1", "ready b:1", "gone b:1"]
 
     asyncio.run(play())
 
