@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 import uuid
+from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -17,9 +19,11 @@ import uvicorn
 import uvloop
 import zmq
 
+from controller.access import NoCluster
 from router.core.compat import RouterFacts
 from router.core.limits import Limits
 from router.core.placement import EstimatePolicy
+from router.discover import follow, make_source
 from router.dispatch import Dispatch
 from router.journal import Journal
 from router.link import Curve, Links
@@ -35,9 +39,12 @@ from workers.models import ModelMissing, resolve_model
 if TYPE_CHECKING:
     import argparse
 
+    from controller.sources import Source
     from workers.api import ToWorker
 
 log = logging.getLogger("router")
+
+FILES_WANTED = 65_536
 
 
 def main(argv: list[str]) -> int:
@@ -51,15 +58,17 @@ def main(argv: list[str]) -> int:
     log_to_stderr()
     try:
         curve = _curve(settings)
+        source = make_source(settings, os.environ)
         model = resolve_model(settings.model)
         digests = model_digest(model), tokenizer_digest(model)
         listener = socket.create_server((settings.host, settings.port))
         # Connections inherit it. An event loop may not set it by itself, and then each event of a
         # stream waits for the acknowledgement of the one before, up to 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except (KeyFileBad, ModelMissing, OSError) as error:
+    except (KeyFileBad, ModelMissing, NoCluster, OSError) as error:
         print(f"tandem router: {error}", file=sys.stderr)
         return 1
+    _allow_files()
     # A bad flag should be told of in a moment: what takes seconds comes after.
     # vLLM's GPU build refuses to start where there is no GPU, and the router needs none.
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
@@ -68,7 +77,7 @@ def main(argv: list[str]) -> int:
     if not any(f.startswith("--served-model-name") for f in flags):
         flags += ["--served-model-name", settings.model]
     front = front_args(model, flags)
-    uvloop.run(_serve(settings, front, listener, digests, curve))
+    uvloop.run(_serve(settings, front, listener, digests, Ways(curve, source)))
     return 0
 
 
@@ -80,6 +89,22 @@ def _curve(settings: RouterSettings) -> Curve | None:
     if len(workers) > 1:
         raise KeyFileBad(f"key file {settings.curve_workers_file}: the workers share one key")
     return Curve(zmq.curve_public(secret), secret, workers[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """To the workers: how, and to which."""
+
+    curve: Curve | None
+    source: Source | None
+
+
+def _allow_files() -> None:
+    """A worker takes four, and many systems allow 1,024 until one asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(FILES_WANTED, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _limits(settings: RouterSettings) -> Limits:
@@ -99,7 +124,7 @@ async def _serve(
     front: argparse.Namespace,
     listener: socket.socket,
     digests: tuple[str, str],
-    curve: Curve | None,
+    ways: Ways,
 ) -> None:
     from router.engine import DisaggregatedEngine
     from router.front import build_front, front_config
@@ -126,7 +151,7 @@ async def _serve(
     CacheMetrics(dispatch.caches)
     QueueMetrics(dispatch)
     engine.attach(dispatch)
-    links = Links(settings.workers, facts, dispatch, curve)
+    links = Links(settings.workers or (), facts, dispatch, ways.curve)
     app = await build_front(engine, links, dispatch, front)
     server = _Server(
         uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
@@ -139,9 +164,13 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.leave)
     async with asyncio.TaskGroup() as tasks:
-        beating = tasks.create_task(links.run())
+        running = [tasks.create_task(links.run())]
+        if ways.source is not None:
+            discovery = follow(ways.source, settings, links, loop.time)
+            running.append(tasks.create_task(discovery.run()))
         await server._serve([listener])
-        beating.cancel()
+        for task in running:
+            task.cancel()
     engine.shutdown()
 
 

@@ -115,6 +115,10 @@ class Dispatch:
         if late := self.door.late(ask, placement, waited_s=0.0):
             raise self.door.counted(late)
 
+    def is_on(self, worker_id: str) -> bool:
+        """Some live request computes, decodes or has its KV there."""
+        return any(worker_id in live.counted_on for live in self._live.values())
+
     def cancel(self, request_ids: Iterable[str]) -> None:
         """The client is gone. Unknown ids are ignored."""
         self._for_each(request_ids, life.ClientGone())

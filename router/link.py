@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 BEAT_S: Final = 1.0
 RECEIVE_MAX: Final = 64
 """Messages taken from one socket before the loop may do something else."""
+LINKS_MAX: Final = 4000
+SOCKETS_A_LINK: Final = 3
+"""Its own, and the two ends of its monitor."""
 SEND_QUEUE_MAX: Final = 10_000
 """Messages to one worker that may wait; one that takes no more is lost."""
 
@@ -63,6 +66,10 @@ class Link:
         self.address = address
         self.worker_id: str | None = None
         self.refused: str | None = None
+        self.resting = False
+        """Its worker gets no new requests."""
+        self.leaving = False
+        """It is closed as soon as no request of ours is on its worker."""
         self._deaf = False
         """The socket will never try again by itself."""
         self._links = links
@@ -82,6 +89,8 @@ class Link:
             socket.curve_publickey = curve.public
             socket.curve_secretkey = curve.secret
             socket.curve_serverkey = curve.server
+        if "[" in self.address:
+            socket.setsockopt(zmq.IPV6, 1)
         self._socket = socket
         self._deaf = False
         self._monitor = socket.get_monitor_socket(_EVENTS)
@@ -105,6 +114,12 @@ class Link:
         self._open()
         if worker_id is not None:
             self._links.gone(worker_id, reason)
+
+    def rest(self, resting: bool) -> None:
+        """Give its worker no new requests, or some again."""
+        self.resting = resting
+        if self.worker_id is not None:
+            self._links.dispatch.fleet.rest(self.worker_id, resting)
 
     def beat(self) -> None:
         """Once a second: hello until there is an answer, then a sign of life."""
@@ -176,6 +191,8 @@ class Link:
         self.refused = None
         self.worker_id = hello.worker_id
         self._links.dispatch.on_hello(hello)
+        if self.resting:
+            self._links.dispatch.fleet.rest(hello.worker_id, True)
 
     def _refuse(self, reason: str) -> None:
         if reason != self.refused:
@@ -228,15 +245,57 @@ class Links:
         curve: Curve | None = None,
     ) -> None:
         self.context = zmq.Context()
+        # libzmq's own limit is reached by 341 links.
+        self.context.set(zmq.MAX_SOCKETS, LINKS_MAX * SOCKETS_A_LINK + 1)
         self.curve = curve
         self.facts = facts
         self.dispatch = dispatch
         self.malformed_total = 0
         self._by_worker: dict[str, Link] = {}
-        self._links = [Link(address, self) for address in addresses]
+        self._links: dict[str, Link] = {}
+        for address in addresses:
+            self.connect(address)
 
     def __iter__(self) -> Iterator[Link]:
-        return iter(self._links)
+        return iter(self._links.values())
+
+    def connect(self, address: str) -> None:
+        """Keep a link to this address, and give its worker requests."""
+        link = self._links.get(address)
+        if link is None and len(self._links) >= LINKS_MAX:
+            log.error("too many workers", extra={"address": address, "most": LINKS_MAX})
+        elif link is None:
+            self._links[address] = self._make(address)
+        else:
+            link.leaving = False
+            link.rest(False)
+
+    def rest(self, address: str) -> None:
+        """Give the worker there no new requests. An unknown address is ignored."""
+        if link := self._links.get(address):
+            link.rest(True)
+
+    def disconnect(self, address: str) -> None:
+        """Let the worker there go once no request is on it. An unknown address is ignored.
+
+        Who says that it is gone may err, and what runs there is the proof.
+        """
+        if link := self._links.get(address):
+            link.leaving = True
+            link.rest(True)
+            self._part()
+
+    def _make(self, address: str) -> Link:
+        return Link(address, self)
+
+    def _part(self) -> None:
+        for link in [link for link in self if link.leaving]:
+            worker_id = link.worker_id
+            if worker_id is None or not self.dispatch.is_on(worker_id):
+                del self._links[link.address]
+                link.close()
+                if worker_id is not None:
+                    self.gone(worker_id, "left")
 
     def send(self, worker_id: str, message: ToWorker) -> None:
         """To a worker that is gone, silently nothing: its loss is told separately."""
@@ -259,17 +318,18 @@ class Links:
         """Beat until cancelled."""
         try:
             while True:
-                for link in self._links:
+                for link in self:
                     link.beat()
                 self.dispatch.tick()
-                for link in self._links:
+                for link in self:
                     if link.worker_id and self.dispatch.fleet.get(link.worker_id) is None:
                         link.lost("given up")
+                self._part()
                 await asyncio.sleep(BEAT_S)
         finally:
             self.close()
 
     def close(self) -> None:
-        for link in self._links:
+        for link in self:
             link.close()
         self.context.term()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -63,13 +64,57 @@ def _shares(value: Any) -> Any:
 Shares = Annotated[Mapping[str, float], NoDecode, BeforeValidator(_shares)]
 
 
+class Discover(StrEnum):
+    """Where workers are learnt from while the router runs."""
+
+    KUBERNETES = "kubernetes"
+    DNS = "dns"
+    FILE = "file"
+
+
+def _by_role(read: Callable[[str], Any]) -> Callable[[Any], Any]:
+    def pairs(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        found: dict[str, Any] = {}
+        for part in _split(value):
+            role, _, what = part.partition("=")
+            if not role or not what or role in found:
+                raise ValueError("want role=value, each role once, with commas between")
+            found[role] = read(what)
+        return found
+
+    return pairs
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) <= 65535:
+        raise ValueError(f"{text} is no port")
+    return int(text)
+
+
+def _url(value: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s]+/?", value):
+        raise ValueError("want https://host:port")
+    return value
+
+
+Ports = Annotated[
+    Mapping[str, int], NoDecode, BeforeValidator(_by_role(_port)), Field(min_length=1)
+]
+Names = Annotated[Mapping[str, str], NoDecode, BeforeValidator(_by_role(str)), Field(min_length=1)]
+Roles = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
+
+
 class RouterSettings(BaseSettings):
     """Built once, in `__main__`; docs/settings.md has them all."""
 
     model_config = SettingsConfigDict(env_prefix="ROUTER_", frozen=True, extra="forbid")
 
     model: Text = Field(description="the workers' own")
-    workers: Addresses = Field(description="token channels, tcp://host:port, with commas between")
+    workers: Addresses | None = Field(
+        None, description="token channels, tcp://host:port, with commas between"
+    )
     host: Text = Field("127.0.0.1", description="address that it listens at")
     port: Port = Field(8000, description="HTTP; 0 takes a free one")
     address_file: FileToWrite | None = Field(
@@ -100,9 +145,51 @@ class RouterSettings(BaseSettings):
         None, description="its own secret key: encrypts the token channel"
     )
     curve_workers_file: Path | None = Field(None, description="the workers' public key")
+    discover: Discover | None = Field(None, description="where further workers are learnt from")
+    discover_ports: Ports | None = Field(
+        None, description="token channels' ports, role=port with commas between; no other roles"
+    )
+    discover_selector: Text | None = Field(None, description="of EndpointSlices, by their labels")
+    discover_role_label: Text = Field(
+        "rbg.workloads.x-k8s.io/role-name", description="their label that has the role"
+    )
+    discover_leaders: Roles | None = Field(
+        None, description="leader-worker roles, of which only the leaders are workers to us"
+    )
+    discover_namespace: Text | None = Field(None, description="theirs; else the pod's own")
+    discover_api: Annotated[str, AfterValidator(_url)] | None = Field(
+        None, description="API server; else the one that a pod is told of"
+    )
+    discover_token_file: Path | None = Field(None, description="else the service account's")
+    discover_ca_file: Path | None = Field(None, description="else the service account's")
+    discover_names: Names | None = Field(
+        None, description="headless services, role=name with commas between"
+    )
+    discover_file: Path | None = Field(None, description="of workers, one a line")
+    discover_debounce_s: Seconds = Field(
+        1, description="so long a ready worker may seem to be out of service"
+    )
 
     @model_validator(mode="after")
     def _both_keys_or_none(self) -> Self:
         if (self.curve_secret_file is None) != (self.curve_workers_file is None):
             raise ValueError("--curve-secret-file and --curve-workers-file go together")
+        return self
+
+    @model_validator(mode="after")
+    def _some_workers(self) -> Self:
+        if self.workers is None and self.discover is None:
+            raise ValueError("needs --workers or ROUTER_WORKERS, or --discover or ROUTER_DISCOVER")
+        needs = {
+            Discover.KUBERNETES: ("discover_selector", "discover_ports"),
+            Discover.DNS: ("discover_names", "discover_ports"),
+            Discover.FILE: ("discover_file",),
+        }
+        for name in needs.get(self.discover, ()) if self.discover else ():
+            if getattr(self, name) is None:
+                raise ValueError(f"--discover {self.discover} needs --{name.replace('_', '-')}")
+        if self.discover is Discover.DNS:
+            ports, names = self.discover_ports or {}, self.discover_names or {}
+            if missing := names.keys() - ports.keys():
+                raise ValueError(f"--discover-ports lacks {', '.join(sorted(missing))}")
         return self

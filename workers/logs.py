@@ -9,7 +9,7 @@ import time
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 """What every record has; the rest came in as `extra`."""
 
-OURS = ("router", "workers", "kvtransfer", "deploy")
+OURS = ("router", "controller", "workers", "kvtransfer", "deploy")
 """Packages whose loggers keep a level of their own."""
 
 

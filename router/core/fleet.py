@@ -63,6 +63,8 @@ class WorkerView:
     """To read one token's KV from another."""
     weighed: int = field(init=False, default=0)
     """How often all this was worked out: it has changed when this has."""
+    resting: bool = field(init=False, default=False)
+    """It gets no new requests, whatever it says itself: it is about to leave."""
     _unheard_tokens: int = 0
     _promised_blocks: int = 0
 
@@ -114,10 +116,15 @@ class WorkerView:
             self._promised_blocks -= blocks
             self._weigh()
 
+    def rest(self, resting: bool) -> None:
+        """Give it no new requests, or give it some again."""
+        self.resting = resting
+        self._weigh()
+
     def _weigh(self) -> None:
         self.weighed += 1
         hello, load, rates = self.hello, self.load, self.rates
-        accepts = () if load.draining else ACCEPTS[hello.role]
+        accepts = () if load.draining or self.resting else ACCEPTS[hello.role]
         self.computes, self.generates = Phase.PREFILL in accepts, Phase.DECODE in accepts
         base, token_s, _, stream_s, context_s = rates.step.rates
         streams = 0
@@ -156,6 +163,11 @@ class Fleet:
         """A worker's load arrived. Of an unknown worker it is ignored: it was lost meanwhile."""
         if view := self._views.get(worker_id):
             view.report(load, heard, now)
+
+    def rest(self, worker_id: str, resting: bool) -> None:
+        """Give a worker no new requests, or some again. An unknown one is ignored."""
+        if view := self._views.get(worker_id):
+            view.rest(resting)
 
     def remove(self, worker_id: str) -> None:
         self._views.pop(worker_id, None)

@@ -242,8 +242,8 @@ class SimLinks(Links):
         self.network = network
         self.process = process
 
-    def connect(self, addresses: Iterable[str]) -> None:
-        self._links = [SimLink(address, self) for address in addresses]
+    def _make(self, address: str) -> Link:
+        return SimLink(address, self)
 
 
 class RouterHost:
@@ -266,7 +266,8 @@ class RouterHost:
         )
         self.clients.dispatch = self.dispatch
         self.links = SimLinks(network, self.process, self.dispatch)
-        self.links.connect(w.worker_id for w in plan.workers)
+        for worker in plan.workers:
+            self.links.connect(worker.worker_id)
         self.task = network.loop.create_task(self.links.run(), context=self.process.context)
 
     def call(self, call: Call) -> None:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from router.ask import Reserve
 from router.core.placement import Disaggregate
-from router.settings import RouterSettings
+from router.settings import Discover, RouterSettings
 from workers.api import Role
 from workers.flags import flag, read_settings, variable
 from workers.settings import WorkerSettings
@@ -66,12 +66,25 @@ ROUTER: dict[str, tuple[str, Any]] = {
     "tenant_burst_s": ("3", 3.0),
     "tenant_shares": ("a=2,b=0.5,", {"a": 2.0, "b": 0.5}),
     "curve_workers_file": ("b", Path("b")),
+    "discover": ("kubernetes", Discover.KUBERNETES),
+    "discover_ports": ("prefill=7000,decode=7001,", {"prefill": 7000, "decode": 7001}),
+    "discover_selector": ("a=b,c", "a=b,c"),
+    "discover_role_label": ("app", "app"),
+    "discover_leaders": ("decode,prefill", ("decode", "prefill")),
+    "discover_namespace": ("inference", "inference"),
+    "discover_api": ("https://10.0.0.1:6443", "https://10.0.0.1:6443"),
+    "discover_token_file": ("t", Path("t")),
+    "discover_ca_file": ("c", Path("c")),
+    "discover_names": ("decode=d.default.svc", {"decode": "d.default.svc"}),
+    "discover_file": ("f", Path("f")),
+    "discover_debounce_s": ("0.5", 0.5),
 }
 KINDS: list[tuple[type[BaseSettings], dict[str, tuple[str, Any]]]] = [
     (WorkerSettings, WORKER),
     (RouterSettings, ROUTER),
 ]
-NEEDED = {WorkerSettings: ("role", "model"), RouterSettings: ("model", "workers")}
+NEEDED = {WorkerSettings: ("role", "model"), RouterSettings: ("model",)}
+ENOUGH = {WorkerSettings: ("role", "model"), RouterSettings: ("model", "workers")}
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +99,7 @@ def read(kind: type[BaseSettings], *argv: str) -> Any:
 
 
 def needed(kind: type[BaseSettings], samples: dict[str, tuple[str, Any]]) -> list[str]:
-    return [f"{flag(n)}={samples[n][0]}" for n in NEEDED[kind]]
+    return [f"{flag(n)}={samples[n][0]}" for n in ENOUGH[kind]]
 
 
 def stops(capsys: pytest.CaptureFixture[str], kind: type[BaseSettings], *argv: str) -> str:
@@ -209,6 +222,12 @@ def test_a_workers_value_out_of_range_stops_it(
         ("workers", "tcp://a:1,tcp://a:1"),
         ("model", ""),
         ("host", ""),
+        ("discover", "consul"),
+        ("discover_ports", "prefill"),
+        ("discover_ports", "prefill=0"),
+        ("discover_ports", "a=1,a=2"),
+        ("discover_names", "decode="),
+        ("discover_api", "10.0.0.1"),
     ],
 )
 def test_a_routers_value_out_of_range_stops_it(
@@ -240,6 +259,26 @@ def test_what_is_needed_and_not_there_is_named_both_ways(
     told = stops(capsys, kind)
     for name in NEEDED[kind]:
         assert f"{flag(name)} or {variable(kind.model_config['env_prefix'], name)}" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ("", "--workers or ROUTER_WORKERS, or --discover or ROUTER_DISCOVER"),
+        ("--discover=file", "--discover file needs --discover-file"),
+        ("--discover=kubernetes --discover-ports=a=1", "needs --discover-selector"),
+        ("--discover=kubernetes --discover-selector=a", "needs --discover-ports"),
+        ("--discover=dns --discover-ports=a=1", "needs --discover-names"),
+        (
+            "--discover=dns --discover-ports=a=1 --discover-names=a=x,b=y",
+            "--discover-ports lacks b",
+        ),
+    ],
+)
+def test_a_router_is_told_where_its_workers_are(
+    given: str, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert missing in stops(capsys, RouterSettings, "--model=m", *given.split())
 
 
 @pytest.mark.parametrize(("kind", "samples"), KINDS)

@@ -128,6 +128,8 @@ def test_every_metric_is_documented() -> None:
     page = (TOP / "docs/metrics.md").read_text(encoding="utf-8")
     names: set[str] = set()
     for file in CODE:
-        if file.parts[0] in ("router", "workers"):
-            names |= set(re.findall(r'"(tandem_(?:router|worker)_\w+)"', (TOP / file).read_text()))
+        if file.parts[0] in ("router", "workers", "controller"):
+            names |= set(
+                re.findall(r'"(tandem_(?:router|worker|controller)_\w+)"', (TOP / file).read_text())
+            )
     assert [n for n in sorted(names) if f"`{n}`" not in page] == []

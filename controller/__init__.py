@@ -1,0 +1,1 @@
+"""Kubernetes: who the peers are."""

@@ -1,0 +1,1 @@
+"""What discovery decides: pure, without clocks and sockets."""

@@ -1,0 +1,118 @@
+"""What becomes of a worker's requests when discovery says that it drains, or is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from controller.core.peers import Change, Kind, Peer
+from router.ask import Ask
+from router.core.errors import NoWorkers
+from router.discover import Follower
+from tests.unit.test_curve import Router, router, until
+from tests.unit.test_worker_channel import FAST, place, run
+
+OUTPUTS = 300
+"""Two milliseconds each."""
+
+
+def tell(here: Router, address: str, *kinds: Kind) -> None:
+    follower = Follower(here.links)
+    for kind in kinds:
+        follower.on_change(Change(kind, Peer("u", "p", "mixed", address)))
+
+
+async def refuses(here: Router) -> None:
+    with pytest.raises(NoWorkers):
+        here.dispatch.submit(Ask(f"r{time.monotonic()}", [1, 2, 3], 4))
+
+
+async def starts(here: Router) -> None:
+    here.tokens.clear()
+    here.dispatch.submit(Ask(f"long{time.monotonic()}", [1, 2, 3], OUTPUTS))
+    await until(lambda: len(here.tokens) > 3)
+
+
+def test_a_ready_peer_is_served_and_a_draining_one_gets_nothing_new() -> None:
+    async def test() -> None:
+        async with place(config=FAST) as worker, router(None) as here:
+            address = worker.channel.address
+            tell(here, address, Kind.JOINED)
+            await asyncio.sleep(0.1)
+            assert list(here.links) == []
+            tell(here, address, Kind.READY)
+            await here.is_served()
+            await starts(here)
+            tell(here, address, Kind.DRAINING)
+            await refuses(here)
+            await until(lambda: len(here.tokens) == OUTPUTS)
+            assert here.knows == ["w1"]
+            tell(here, address, Kind.READY)
+            await here.is_served()
+
+    run(test())
+
+
+def test_a_draining_worker_that_is_greeted_anew_still_gets_nothing() -> None:
+    async def test() -> None:
+        async with place() as worker, router(None) as here:
+            address = worker.channel.address
+            tell(here, address, Kind.READY)
+            await here.is_served()
+            tell(here, address, Kind.DRAINING)
+            [link] = here.links
+            link.lost("cut")
+            await until(lambda: here.knows == ["w1"])
+            await refuses(here)
+
+    run(test())
+
+
+def test_who_is_gone_ends_its_streams_first() -> None:
+    """Discovery may err; a stream that runs is no error."""
+
+    async def test() -> None:
+        async with place(config=FAST) as worker, router(None) as here:
+            tell(here, worker.channel.address, Kind.READY)
+            await here.is_served()
+            await starts(here)
+            tell(here, worker.channel.address, Kind.GONE)
+            await refuses(here)
+            await until(lambda: len(here.tokens) == OUTPUTS)
+            await until(lambda: here.knows == [] and list(here.links) == [])
+
+    run(test())
+
+
+def test_who_is_gone_and_idle_is_left_at_once_and_may_come_back() -> None:
+    async def test() -> None:
+        async with place() as worker, router(None) as here:
+            tell(here, worker.channel.address, Kind.READY)
+            await here.is_served()
+            tell(here, worker.channel.address, Kind.GONE)
+            assert here.knows == []
+            assert list(here.links) == []
+            tell(here, worker.channel.address, Kind.READY)
+            await here.is_served()
+
+    run(test())
+
+
+def test_who_comes_back_while_it_leaves_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.link.BEAT_S", 0.05)
+
+    async def test() -> None:
+        async with place(config=FAST) as worker, router(None) as here:
+            tell(here, worker.channel.address, Kind.READY)
+            await here.is_served()
+            await starts(here)
+            tell(here, worker.channel.address, Kind.GONE)
+            tell(here, worker.channel.address, Kind.READY)
+            await until(lambda: len(here.tokens) == OUTPUTS)
+            await asyncio.sleep(0.2)
+            assert len(list(here.links)) == 1
+            await here.is_served()
+
+    run(test())
