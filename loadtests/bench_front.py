@@ -83,7 +83,7 @@ class _Bare:
         self._folder = tempfile.TemporaryDirectory(prefix="bare-front-")
         address_file = Path(self._folder.name) / "address.json"
         command = [
-            sys.executable, "-m", "loadtests.bare_front", "--model", folder,
+            sys.executable, "-m", "deploy.local.bare_front", "--model", folder,
             "--served-model-name", model, "--address-file", str(address_file), *FRONT_FLAGS,
         ]  # fmt: skip
         log = Path(self._folder.name) / "log"

@@ -9,13 +9,10 @@ from copy import copy
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
-from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError, RetryableRequestError, VLLMValidationError
-from vllm.renderers import renderer_from_config
 from vllm.renderers.inputs.preprocess import extract_prompt_components
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
-from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import PrefillStats
@@ -23,6 +20,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from router.ask import Ask
 from router.asker import asker
 from router.core.errors import RequestInvalid, RouterError
+from router.no_engine import NoEngine
 from router.plain import PlainStreams
 from workers.api import Delta, Finish
 from workers.vllm_codec import decode_extras, encode_request
@@ -32,8 +30,7 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
     from vllm.inputs import EngineInput, PromptType
-    from vllm.outputs import PoolingRequestOutput, RequestOutput
-    from vllm.tasks import SupportedTask
+    from vllm.outputs import RequestOutput
 
     from router.dispatch import Dispatch
     from router.plain import Piece
@@ -67,7 +64,7 @@ class Broken(RetryableRequestError):  # type: ignore[misc]
         self.error = error
 
 
-class DisaggregatedEngine(EngineClient):  # type: ignore[misc]
+class DisaggregatedEngine(NoEngine):
     """Renders in, tokens out: vLLM's front calls `generate`, the fleet does the work.
 
     It is also the dispatch's `Sink`: deltas go through vLLM's `OutputProcessor` (detokenizing,
@@ -75,10 +72,7 @@ class DisaggregatedEngine(EngineClient):  # type: ignore[misc]
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        self.vllm_config = vllm_config
-        self.model_config = vllm_config.model_config
-        self.renderer = renderer_from_config(vllm_config)
-        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        super().__init__(vllm_config)
         self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self.plain_streams = PlainStreams(self.renderer.tokenizer)
         self._dispatch: Dispatch | None = None
@@ -241,67 +235,6 @@ class DisaggregatedEngine(EngineClient):  # type: ignore[misc]
         queue = state.queue
         self.output_processor.abort_requests([request_id], internal=True)
         queue.put(_client_error(error))
-
-    # ------------------------------------------------------------ the rest of EngineClient
-
-    @property
-    def is_running(self) -> bool:
-        return True
-
-    @property
-    def is_stopped(self) -> bool:
-        return False
-
-    @property
-    def errored(self) -> bool:
-        return False
-
-    @property
-    def dead_error(self) -> BaseException:
-        return RuntimeError("the router has no engine that could be dead")
-
-    async def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
-        return ("generate",)
-
-    async def check_health(self) -> None:
-        """A router without workers is healthy: it says so by 503, and waits (`/readyz`)."""
-
-    async def notify_kv_transfer_request_rejected(
-        self,
-        request_id: str,
-        kv_transfer_params: dict[str, Any],
-        *,
-        data_parallel_rank: int | None = None,
-    ) -> None:
-        """Never needed: clients can't bring transfer parameters of their own."""
-
-    async def is_tracing_enabled(self) -> bool:
-        return False
-
-    async def do_log_stats(self) -> None:
-        """Workers have the statistics; the router's are at /metrics."""
-
-    async def is_sleeping(self) -> bool:
-        return False
-
-    async def is_paused(self) -> bool:
-        return False
-
-    async def reset_mm_cache(self) -> None:
-        await self.renderer.clear_mm_cache_async()
-
-    def shutdown(self, timeout: float | None = None) -> None:
-        self.renderer.shutdown()
-
-    def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[PoolingRequestOutput, None]:
-        raise NotImplementedError("Tandem serves generation only")
-
-    async def _one_engine_only(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("this acts on one engine; ask the worker itself")
-
-    start_profile = stop_profile = reset_encoder_cache = reset_prefix_cache = _one_engine_only
-    sleep = wake_up = release_kv_cache_memory = add_lora = _one_engine_only
-    pause_generation = resume_generation = _one_engine_only
 
 
 def _refuse_what_is_ours(params: SamplingParams) -> None:

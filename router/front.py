@@ -19,7 +19,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from router import direct
 from router.asker import AskerMiddleware
 from router.core.conversation import roles_in, trouble
 from router.core.errors import RouterError
@@ -80,7 +79,6 @@ async def build_front(
     # it again.
     app.middleware_stack = None
     app.add_middleware(AskerMiddleware)
-    direct.allow(app)
     app.dependency_overrides[validate_json_request] = _check_json
     _add_routes(app, links, dispatch)
     return app

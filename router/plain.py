@@ -19,7 +19,6 @@ import msgspec
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-from router.direct import Body
 from workers.api import Finish
 
 if TYPE_CHECKING:
@@ -44,10 +43,7 @@ class Piece:
 
 
 class PlainStream:
-    """One sequence: deltas in, text out. Whoever is slow gets several steps' text at once.
-
-    Once it goes `direct`, all but the last is written as it comes; `next` waits for the last.
-    """
+    """One sequence: deltas in, text out. Whoever is slow gets several steps' text at once."""
 
     def __init__(self, request: EngineCoreRequest, tokenizer: Any) -> None:
         self.prompt_token_ids = cast("list[int]", request.prompt_token_ids)
@@ -56,14 +52,6 @@ class PlainStream:
         self._piece: Piece | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._body: Body | None = None
-        self._event: Callable[[Piece], bytes] | None = None
-
-    def direct(self, event: Callable[[Piece], bytes]) -> None:
-        """Write from now on. To be asked in the response's own task, once its body has begun;
-        it changes nothing where the server does not allow it."""
-        self._body, self._event = Body.of_this_request(self._write), event
-        self._write()
 
     def take(self, delta: Delta) -> bool:
         """One step's. True when a stop string ended it here, and the worker does not know."""
@@ -81,20 +69,8 @@ class PlainStream:
         piece.text += detokenizer.get_next_output_text(finish is not None, delta=True)
         piece.tokens += detokenizer.num_output_tokens() - before
         piece.finish, piece.stop_reason = finish, stop_reason
-        if self._body is None or finish is not None:
-            self._wake()
-        else:
-            self._write()
+        self._wake()
         return enough
-
-    def _write(self) -> None:
-        """What there is, if it is not the last and the client is not behind."""
-        body, piece = self._body, self._piece
-        if body is None or body.waiting or piece is None or piece.finish is not None:
-            return
-        assert self._event is not None
-        self._piece = None
-        body.write(self._event(piece))
 
     def fail(self, error: Exception) -> None:
         self._error = error
@@ -102,9 +78,7 @@ class PlainStream:
 
     async def next(self) -> Piece:
         """Waits for one. Raises what `fail` was told; what came before is lost with it."""
-        while self._error is None and (
-            self._piece is None or (self._body is not None and self._piece.finish is None)
-        ):
+        while self._piece is None and self._error is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if self._error is not None:
@@ -112,12 +86,6 @@ class PlainStream:
         piece, self._piece = self._piece, None
         assert piece is not None
         return piece
-
-    def close(self) -> None:
-        """Its response has ended, or its client has gone."""
-        if self._body is not None:
-            self._body.close()
-            self._body = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -150,8 +118,7 @@ class PlainStreams:
         return self._open.get(request_id)
 
     def close(self, request_id: str) -> None:
-        if stream := self._open.pop(request_id, None):
-            stream.close()
+        self._open.pop(request_id, None)
 
 
 # ------------------------------------------------------------------------- events
@@ -240,7 +207,6 @@ async def _events(
                     yield event
             if piece.finish is None:
                 yield writer.event(piece)
-                piece.stream.direct(writer.event)
             else:
                 async for event in writer.end(piece):
                     yield event

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from deploy.local.parts import Part
+from deploy.local.parts import Part, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +18,7 @@ class Aggregated:
 
     def __init__(self, model: str, *, served_as: str, flags: Sequence[str] = ()) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="aggregated-")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
         command = [
             sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry",
             "--model", model, "--served-model-name", served_as,

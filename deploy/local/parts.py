@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -34,6 +35,13 @@ _PR_SET_PDEATHSIG = 1
 
 class PartDied(Exception):
     """A process ended by itself; the message says which, with the end of its log."""
+
+
+def free_port() -> int:
+    """Free a moment ago: for programs that can't be given 0 and say what they took."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @dataclass(slots=True)

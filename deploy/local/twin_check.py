@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from deploy.local.group import LocalGroup
 from deploy.local.models import prepare
-from deploy.local.streams import Heard, play
+from loadtests.peers_figures import quantile
+from loadtests.replay import Due, Outcome, replay
+from loadtests.sse import REST_S
 from router.twin import fleet
 from router.twin.calibrate import as_toml, measure
 from router.twin.compare import Comparison, to_stderr
@@ -38,10 +40,13 @@ FLAGS: Final = ["--max-model-len", "4096", "--enforce-eager"]
 LOADS: Final = (0.25, 0.5, 0.75)
 """Of the time that the prefill worker has, what prompts take."""
 TARGET: Final = 0.10
-REST_S: Final = 2.0
 _QUANTILES: Final = (0.5, 0.9)
 _ALONE: Final = 9
 """Requests, one at a time, from which the front's own time is known."""
+
+
+class Unanswered(Exception):
+    """A request failed, so nothing is measured."""
 
 
 def main() -> int:
@@ -93,7 +98,7 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
             await asyncio.sleep(REST_S)
             requests = _requests(plan, load, args.requests, seed=at)
             to_stderr(f"load {load:.0%}: {len(requests)} requests in {requests[-1].at_s:.0f} s")
-            heard = await play(group.url, args.model, requests, seed=1000 + at)
+            heard = await _play(group.url, args.model, requests, seed=1000 + at)
             levels.append(
                 {
                     "load": load,
@@ -104,8 +109,6 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "fleet": as_toml(found, latency_ms=0.2, front_ms=front_s * 1000),
         "alone": [asdict(h) for h in alone],
-        "samples": {x.hello.worker_id: [x.samples.rows, x.samples.seconds] for x in found},
-        "handoffs": next((x.handoffs for x in found if x.handoffs), []),
         "levels": levels,
     }
 
@@ -113,10 +116,28 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
 _LONE: Final = Request(0.0, 128, 4, own_blocks(0, 128))
 
 
-async def _alone(url: str, model: str) -> list[Heard]:
+async def _play(url: str, model: str, requests: Sequence[Request], seed: int) -> list[Outcome]:
+    """Each at its time from now on, of a prompt that nobody has seen. Raises `Unanswered`."""
+    rng = random.Random(seed)
+    due = [Due(r.at_s, _body(model, r, rng)) for r in requests]
+    heard = await replay(f"{url}/v1/completions", due)
+    if error := next((h.error for h in heard if h.error is not None), None):
+        raise Unanswered(error)
+    return heard
+
+
+def _body(model: str, request: Request, rng: random.Random) -> dict[str, Any]:
+    prompt = [rng.randrange(1000, 40_000) for _ in range(request.input_tokens)]
+    return {
+        "model": model, "prompt": prompt, "temperature": 0, "ignore_eos": True,
+        "max_tokens": request.output_tokens,
+    }  # fmt: skip
+
+
+async def _alone(url: str, model: str) -> list[Outcome]:
     heard = []
     for n in range(_ALONE + 1):
-        heard += await play(url, model, [_LONE], seed=500 + n)
+        heard += await _play(url, model, [_LONE], seed=500 + n)
         await asyncio.sleep(0.2)
     return heard[1:]
 
@@ -176,17 +197,13 @@ def _table(measured: dict[str, Any], plan: FleetPlan) -> str:
         ):  # fmt: skip
             cells = []
             for q in _QUANTILES:
-                a, b = _quantile(real, q), _quantile(said, q)
+                a, b = quantile(real, q), quantile(said, q)
                 worst = max(worst, abs(b / a - 1))
                 cells += [f"{a * 1000:.1f} ms", f"{b * 1000:.1f} ms", f"{b / a - 1:+.1%}"]
             lines.append(f"| {level['load']:.0%} | {name} | " + " | ".join(cells) + " |")
     reached = "reached" if worst <= TARGET else "missed"
     lines += ["", f"worst error {worst:.1%}; the target of {TARGET:.0%} is {reached}"]
     return "\n".join(lines)
-
-
-def _quantile(values: Sequence[float], q: float) -> float:
-    return sorted(values)[round(q * (len(values) - 1))]
 
 
 if __name__ == "__main__":

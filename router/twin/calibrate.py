@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from router.twin.compare import to_stderr
 from router.twin.fit import Fit, fit
 from router.twin.probe import Probe, ProbeFailed
-from router.twin.sweeps import Samples, Sweep, Sweeper
+from router.twin.sweeps import Sweep, Sweeper
 from workers.api import Role
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ class Calibrated:
     hello: WorkerHello
     settings: dict[str, float | int | bool]
     fit: Fit
-    samples: Samples
-    handoffs: list[tuple[int, float, float]] = field(default_factory=list)
-    """Of the decode worker: `Sweeper.handoffs`."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,12 +80,9 @@ def measure(addresses: Sequence[str], sweep: Sweep, say: Callable[[str], None]) 
         decode = next((x for x in probe.lines if x.hello.role is not Role.PREFILL), None)
         if prefill and decode:
             say("handoffs")
-            handoffs = sweeper.handoffs(prefill, decode)
-            pull = _pull(decode.hello, handoffs)
+            pull = _pull(sweeper, prefill, decode)
             for each in found:
                 each.settings.update(pull)
-                if each.hello is decode.hello:
-                    each.handoffs.extend(handoffs)
         return found
 
 
@@ -121,14 +115,14 @@ def _one(sweeper: Sweeper, line: Line, say: Callable[[str], None]) -> Calibrated
         "lease_s": hello.lease_s,
         "streams": bool(hello.handoff_endpoint),
     }
-    return Calibrated(hello, settings, found, samples)
+    return Calibrated(hello, settings, found)
 
 
-def _pull(hello: WorkerHello, handoffs: Sequence[tuple[int, float, float]]) -> dict[str, float]:
+def _pull(sweeper: Sweeper, prefill: Line, decode: Line) -> dict[str, float]:
     """What lies between the prompt's end and the decode worker's first token, but for its step."""
     rows, seconds = [], []
-    token_bytes = hello.block_bytes / hello.block_tokens
-    for tokens, took_s, step_s in handoffs:
+    token_bytes = decode.hello.block_bytes / decode.hello.block_tokens
+    for tokens, took_s, step_s in sweeper.handoffs(prefill, decode):
         rows.append((1.0, tokens * token_bytes))
         seconds.append(max(1e-4, took_s - step_s))
     latency_s, byte_s = fit(rows, seconds).rates

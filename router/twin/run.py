@@ -157,6 +157,11 @@ class Twin:
     def _send(self, worker_id: str, message: ToWorker) -> None:
         self._push(self.now + self.fleet_plan.latency_s, _TO_WORKER, worker_id, message)
 
+    def _report(self, worker: SimWorker, batch: Batch) -> None:
+        self._answer(worker, batch)
+        for part in worker.more():
+            self._answer(worker, part)
+
     def _answer(self, worker: SimWorker, message: ToRouter) -> None:
         self._push(self.now + self.fleet_plan.latency_s, _TO_ROUTER, worker.worker_id, message)
 
@@ -179,7 +184,7 @@ class Twin:
             return  # It was moved.
         batch = worker.finish(self.now)
         if batch is not None:
-            self._answer(worker, batch)
+            self._report(worker, batch)
             if self._awaiting and any(d.finish is Finish.PREFILLED for d in batch.deltas):
                 self._wake()
         self._begin_step(worker)
@@ -201,6 +206,6 @@ class Twin:
     def _beat(self, worker: SimWorker) -> None:
         """As a real one does: it says something whenever it has been silent for an interval."""
         if self.now - worker.told_at >= worker.interval_s:
-            self._answer(worker, worker.report(self.now))
+            self._report(worker, worker.report(self.now))
         due = max(worker.told_at + worker.interval_s, self.now + worker.interval_s / 8)
         self._push(due, _BEAT, worker.worker_id)

@@ -14,8 +14,6 @@ from workers.api import (
     Batch,
     Generate,
     KvAsk,
-    KvEvent,
-    KvRemoved,
     Release,
     WorkerHello,
 )
@@ -26,13 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from router.twin.fleet import WorkerPlan
-    from workers.api import Delta, Load, ToRouter, ToWorker
+    from workers.api import Delta, KvSnapshot, Load, ToRouter, ToWorker
     from workers.engines.sim_blocks import Handoffs
 
 IDLE_INTERVAL_S: Final = 4.0
 """One with nothing to do says so less often than a real one does, which nobody can tell: its load
 stays what it was, and silence begins at `SILENCE_S`."""
-_GAP: Final[list[KvEvent]] = [KvRemoved([])]
 
 
 class SimWorker:
@@ -56,6 +53,7 @@ class SimWorker:
         self._alike_s = alike_s
         self._mirror = CacheMirror()
         self._kv_seq: int | None = None
+        self._tell_all = False
 
     @property
     def hello(self) -> WorkerHello:
@@ -93,8 +91,8 @@ class SimWorker:
                 self.model.release(tickets, now)
             case KvAsk():
                 self._mirror.apply(self.model.cache_changes())
-                self._kv_seq = self._mirror.seq
-                yield from self._mirror.snapshot()
+                self._tell_all = True
+                yield from self.more()
 
     # ------------------------------------------------------------ steps
 
@@ -123,13 +121,20 @@ class SimWorker:
         """With nothing but its load, so that it is not silent."""
         return self._batch(self.model.load(now), [], now)
 
+    def more(self) -> Iterator[KvSnapshot]:
+        """What follows a batch: all of the cache, where the router is too far behind for less."""
+        if self._tell_all:
+            self._tell_all, self._kv_seq = False, self._mirror.seq
+            yield from self._mirror.snapshot()
+
     def _batch(self, load: Load, deltas: list[Delta], now: float) -> Batch:
         self.told_at = now
         seq, mirror = self._kv_seq, self._mirror
         if seq is None or seq == mirror.seq:
             return Batch(load, deltas, self.heard)
-        self._kv_seq = mirror.seq
         changes = mirror.since(seq)
-        if changes is None:  # Kept no longer: the router finds the gap, and asks for all.
-            return Batch(load, deltas, self.heard, mirror.seq - 1, list(_GAP))
+        if changes is None:
+            self._tell_all = True
+            return Batch(load, deltas, self.heard)
+        self._kv_seq = mirror.seq
         return Batch(load, deltas, self.heard, seq, changes)

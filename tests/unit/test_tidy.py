@@ -24,8 +24,8 @@ PARAMETERS_MAX = 5
 BANNED_NAMES = {"utils", "common", "helpers", "misc"}
 MAY_IMPORT_VLLM = re.compile(
     r"kvtransfer/vllm_\w+\.py|workers/engines/vllm\w*\.py|workers/vllm_codec\.py"
-    r"|router/(front|engine|plain)\.py|loadtests/bare_front\.py"
-    r"|deploy/local/(vllm_front|peers/front)\.py"
+    r"|router/(front|engine|no_engine|plain)\.py"
+    r"|deploy/local/(vllm_front|bare_front|peers/front)\.py"
 )
 MACHINE_PATH = re.compile("/" + r"(work|root|farm)/|/tmp/" + r"[a-z]+/")
 

@@ -63,6 +63,12 @@ class Place:
     def ask(self, router: bytes, request_id: str, prompt: list[int], outputs: int = 1) -> None:
         self.hear(router, Generate(request_id, Phase.BOTH, prompt, outputs, b""))
 
+    async def fill(self) -> None:
+        """Router `a` comes, and has a large prompt computed."""
+        self.greet(b"a")
+        self.ask(b"a", "r", LONG)
+        await asyncio.sleep(1)
+
     def heard(self, router: bytes) -> list[ToRouter]:
         return [message for to, message in self.said if to == router]
 
@@ -114,9 +120,7 @@ def run(test: Callable[[Place], Coroutine[None, None, None]]) -> None:
 
 def test_who_asks_is_told_what_was_there_before_it_came() -> None:
     async def test(place: Place) -> None:
-        place.greet(b"a")
-        place.ask(b"a", "r", LONG)
-        await asyncio.sleep(1)
+        await place.fill()
         place.greet(b"b")
         place.hear(b"b", KvAsk())
         await asyncio.sleep(1)
@@ -129,9 +133,7 @@ def test_who_asks_is_told_what_was_there_before_it_came() -> None:
 
 def test_a_large_cache_does_not_hold_up_streams() -> None:
     async def test(place: Place) -> None:
-        place.greet(b"a")
-        place.ask(b"a", "r", LONG)
-        await asyncio.sleep(1)
+        await place.fill()
         place.greet(b"b")
         place.hear(b"b", KvAsk())
         turns = 0
@@ -149,9 +151,7 @@ def test_what_is_stored_while_one_is_told_follows() -> None:
     """And a router that has no requests here hears of it all the same, by the next load."""
 
     async def test(place: Place) -> None:
-        place.greet(b"a")
-        place.ask(b"a", "r", LONG)
-        await asyncio.sleep(1)
+        await place.fill()
         place.greet(b"b")
         place.hear(b"b", KvAsk())
         await asyncio.sleep(0)
@@ -168,9 +168,7 @@ def test_what_is_stored_while_one_is_told_follows() -> None:
 
 def test_who_asks_again_meanwhile_is_told_from_the_beginning() -> None:
     async def test(place: Place) -> None:
-        place.greet(b"a")
-        place.ask(b"a", "r", LONG)
-        await asyncio.sleep(1)
+        await place.fill()
         place.hear(b"a", KvAsk())
         await asyncio.sleep(0)
         place.hear(b"a", KvAsk())
@@ -185,9 +183,7 @@ def test_who_asks_again_meanwhile_is_told_from_the_beginning() -> None:
 
 def test_nothing_more_is_told_to_a_router_that_takes_no_more() -> None:
     async def test(place: Place) -> None:
-        place.greet(b"a")
-        place.ask(b"a", "r", LONG)
-        await asyncio.sleep(1)
+        await place.fill()
         place.greet(b"b")
         place.dead.add(b"b")
         place.hear(b"b", KvAsk())

@@ -27,7 +27,8 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from deploy.local.peers.engine import PeerEngine
-from deploy.local.vllm_front import NoEngine, serve
+from deploy.local.vllm_front import serve
+from router.no_engine import NoEngine
 from workers.engines.base import Removed, Stored
 from workers.engines.sim import sim_settings
 

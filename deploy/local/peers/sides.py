@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import numpy as np
 import psutil
 
 from deploy.local.group import LocalGroup
-from deploy.local.parts import Part, PartDied, end
+from deploy.local.parts import Part, PartDied, end, free_port
 from deploy.local.peers.fleet import Fleet, shown
 
 if TYPE_CHECKING:
@@ -94,13 +93,6 @@ def _cpu_s(pid: int) -> float:
         times = one.cpu_times()
         total += times.user + times.system
     return total
-
-
-def free_port() -> int:
-    """Free a moment ago: for programs that can't be given 0."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # ---------------------------------------------------------------- ours

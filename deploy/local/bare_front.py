@@ -1,6 +1,6 @@
 """vLLM's OpenAI front over an engine that answers at once: what the router is measured against.
 
-    python -m loadtests.bare_front --model FOLDER --address-file F [any flag of vLLM's server]
+    python -m deploy.local.bare_front --model FOLDER --address-file F [any flag of vLLM's server]
 
 It is vLLM's own application on uvicorn and uvloop as its server runs it, with nothing behind it:
 no engine process, no scheduler, no detokenizing (the tokens' text is constant). A router can't be
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from deploy.local.vllm_front import NoEngine, serve
+from deploy.local.vllm_front import serve
+from router.no_engine import NoEngine
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
