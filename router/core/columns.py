@@ -6,7 +6,6 @@ A large fleet is weighed in a few dozen array operations instead of a few hundre
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
-from zlib import crc32
 
 import numpy as np
 
@@ -66,9 +65,9 @@ class ColumnsKept:
             self._matrix = np.empty((_WIDTH, len(asked)))
         weighed = [w.weighed for w in asked]
         if weighed != self._weighed:
-            for slot, (now, before) in enumerate(zip(weighed, self._weighed, strict=True)):
-                if now != before:
-                    self._matrix[:, slot] = _column(asked[slot])
+            both = enumerate(zip(weighed, self._weighed, strict=True))
+            changed = [slot for slot, (now, before) in both if now != before]
+            self._matrix[:, changed] = np.array([_column(asked[slot]) for slot in changed]).T
             self._weighed = weighed
         return Columns(asked, self._matrix, self._slots)
 
@@ -80,5 +79,5 @@ def _column(w: WorkerView) -> tuple[float, ...]:
         w.prefill_tokens_queued, w.queue_s, w.rates.chunk_tokens,
         token_s, pair_s, w.step_s,
         stream_s, context_s, w.streams_held,
-        w.pull_token_s, w.computes, w.generates, w.tie, crc32(w.family.encode()),
+        w.pull_token_s, w.computes, w.generates, w.tie, w.family,
     )  # fmt: skip

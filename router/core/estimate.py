@@ -125,9 +125,9 @@ def _pairs(tokens: _Number, cached: _Number) -> _Number:
     return tokens * (cached + (tokens + 1) / 2)
 
 
-def senders_s(prompt: Prompt, columns: Columns) -> Floats:
+def senders_s(prompt: Prompt, columns: Columns, cached: Floats) -> Floats:
     """`prefill`'s seconds in all, own and others', of each worker: for hundreds at once."""
-    c, cached = columns, columns.cached_tokens(prompt.cached_tokens)
+    c = columns
     tokens = np.maximum(1.0, prompt.tokens - cached)
     own_s = (tokens * c.token_s + _pairs(tokens, cached) * c.pair_s) * (1.0 + c.streams_held)
     steps = np.ceil((c.queued + tokens) / c.chunk_tokens)

@@ -41,8 +41,8 @@ class WorkerView:
     promised: dict[str, int] = field(default_factory=dict)
     """By request of this router that decodes here or will: KV blocks that it is yet to take."""
     id: str = field(init=False)
-    family: str = field(init=False)
-    """Layout, model and transports: those of one family can hand off to the same workers."""
+    family: int = field(init=False)
+    """Of layout, model and transports: those of one family can hand off to the same workers."""
     tie: int = field(init=False)
     """Of the id: in what order equals are taken, which differs from request to request."""
     computes: bool = field(init=False, default=False)
@@ -71,7 +71,8 @@ class WorkerView:
     def __post_init__(self) -> None:
         hello = self.hello
         self.id, self.tie = hello.worker_id, crc32(hello.worker_id.encode())
-        self.family = "\0".join([hello.kv_digest, hello.model_digest, *hello.transports])
+        said = "\0".join([hello.kv_digest, hello.model_digest, *hello.transports])
+        self.family = crc32(said.encode())
         self.tokens_total = hello.blocks_total * hello.block_tokens
         self._weigh()
 

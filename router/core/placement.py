@@ -121,9 +121,13 @@ class EstimatePolicy:
         idle = columns.queue_s <= self._prefill_s
         roomy, computes = _with_room(prompt, columns, able), able & columns.computes
         senders = computes & idle
-        sending_s = estimate.senders_s(prompt, columns)
+        cached = columns.cached_tokens(prompt.cached_tokens)
+        sending_s = estimate.senders_s(prompt, columns, cached)
         receiving_s = estimate.receivers_s(prompt, columns)
-        options = _pairs(prompt, columns, (senders, sending_s), (roomy, receiving_s))
+        # As if nothing of the transfer were hidden: who has it cached is worth looking at.
+        unread_s = (prompt.tokens - cached) * columns.pull_token_s
+        reading_s = receiving_s + columns.step_s + unread_s
+        options = _pairs(prompt, columns, (senders, sending_s), (roomy, reading_s))
         if not self._always:
             options += _single(prompt, columns, roomy & idle, sending_s + receiving_s)
         elif not options and (senders == computes).all():  # There is no pair at all.
@@ -158,11 +162,8 @@ def _pairs(prompt: Prompt, columns: Columns, senders: _Half, receivers: _Half) -
     """The two halves hang together by the transfer alone, so the best few of each suffice."""
     if not senders[0].any():
         return []
-    # As if nothing of the transfer were hidden: who has it cached is worth looking at.
-    unread = prompt.tokens - columns.cached_tokens(prompt.cached_tokens)
-    reading_s = receivers[1] + columns.step_s + unread * columns.pull_token_s
     sending = _cheapest(prompt, columns, *senders)
-    receiving = _cheapest(prompt, columns, receivers[0], reading_s)
+    receiving = _cheapest(prompt, columns, *receivers)
     generating = {w.id: estimate.decode(prompt, w) for some in receiving for w in some}
     return [
         (estimate.apart(prompt, (p, computing), (d, generating[d.id])), p, d)

@@ -110,7 +110,8 @@ def test_the_quick_costs_are_the_estimate_s(seed: int) -> None:
     fleet = any_fleet(seed)
     prompt = any_prompt(seed, fleet)
     columns = ColumnsKept().of(list(fleet))
-    for cost_s, w in zip(estimate.senders_s(prompt, columns), fleet, strict=True):
+    cached = columns.cached_tokens(prompt.cached_tokens)
+    for cost_s, w in zip(estimate.senders_s(prompt, columns, cached), fleet, strict=True):
         made = estimate.prefill(prompt, w)
         assert cost_s == pytest.approx(made.done_s + made.stream_s)
     for cost_s, w in zip(estimate.receivers_s(prompt, columns), fleet, strict=True):
