@@ -73,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
 def measure(addresses: Sequence[str], sweep: Sweep, say: Callable[[str], None]) -> list[Calibrated]:
     """Each of these workers, which have nothing else to do. Raises `ProbeFailed`."""
     with Probe(addresses) as probe:
-        params = _params({line.hello.engine for line in probe.lines})
+        engines = {line.hello.engine for line in probe.lines}
+    # vLLM's import takes longer than a worker waits for a router that says nothing.
+    params = _params(engines)
+    with Probe(addresses) as probe:
         sweeper = Sweeper(probe, sweep, params)
         found = [_one(sweeper, line, say) for line in probe.lines]
         prefill = next((x for x in probe.lines if x.hello.role is Role.PREFILL), None)

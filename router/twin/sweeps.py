@@ -60,7 +60,8 @@ class Sweeper:
         """Each alone, from the asking to the answer; and the tokens that one step takes at most."""
         self._prompt_s(line, 32)  # The first of all connects, and compiles.
         took: list[tuple[int, int, float]] = []
-        for tokens, _ in product(self._fitting(line), range(self._sweep.repeats)):
+        fitting = [tokens for tokens in self._sweep.prompts if self._fits(line, tokens)]
+        for tokens, _ in product(fitting, range(self._sweep.repeats)):
             seconds = self._prompt_s(line, tokens)
             took.append((tokens, self._last_step(line).prefill_tokens, seconds))
         chunk = chunk_of([(tokens, last) for tokens, last, _ in took], line.hello.max_model_len)
@@ -70,9 +71,9 @@ class Sweeper:
             samples.add((-(-tokens // chunk), tokens, pairs, 0, 0), seconds)
         return samples, chunk
 
-    def _fitting(self, line: Line) -> list[int]:
+    def _fits(self, line: Line, tokens: int) -> bool:
         most = min(line.hello.max_model_len - 1, line.hello.blocks_total * line.hello.block_tokens)
-        return [tokens for tokens in self._sweep.prompts if tokens < most - self._sweep.outputs]
+        return tokens < most - self._sweep.outputs
 
     def _prompt_s(self, line: Line, tokens: int) -> float:
         call, ticket = self._ask(line, self._fresh(tokens), 1)
@@ -117,7 +118,7 @@ class Sweeper:
         found = []
         self._handoff(prefill, decode, 64)  # The first between two connects them.
         for tokens, _ in product(self._sweep.handoffs, range(self._sweep.repeats)):
-            if tokens in self._fitting(decode):
+            if self._fits(decode, tokens):
                 found.append(self._handoff(prefill, decode, tokens))
         return found
 

@@ -13,10 +13,13 @@ from deploy.local.parts import Part, end
 from router.twin import calibrate
 from router.twin.fleet import read
 from router.twin.sweeps import Sweep
+from tests.integration.asking import LEASE_S, await_free
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from deploy.local.group import LocalGroup
 
 MODEL = "smollm2-135m"
 PACE = (
@@ -35,7 +38,7 @@ def channels(tmp_path: Path) -> Iterator[list[str]]:
             command = [
                 sys.executable, "-m", "tandem", "worker", "--engine", "sim", "--role", role,
                 "--model", MODEL, "--worker-id", role, "--address-file", str(address),
-                *PACE.split(),
+                "--drain-s", "1", *PACE.split(),
             ]  # fmt: skip
             parts.append(Part(role, command, tmp_path / f"{role}.log", address))
         stack.callback(end, parts)
@@ -67,6 +70,22 @@ def test_the_rates_of_an_engine_are_found(
     assert step_s == pytest.approx(0.020 + 8 * 1500e-6 + 6400 * 900e-9, rel=0.1)
     # The pull's own 2 ms, and up to a step until the engine looks.
     assert s.pull_latency_s == pytest.approx(0.002, abs=0.01)
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Torch's, while vLLM imports it.
+def test_vllm_s_workers_are_measured_too(group: LocalGroup) -> None:
+    sweep = Sweep(
+        prompts=(32, 200, 600), repeats=1, batches=(1, 2), contexts=(64, 300), outputs=4,
+        handoffs=(64, 300),
+    )  # fmt: skip
+    channels = [worker.channel for worker in group.workers]
+    found = calibrate.measure(channels, sweep, lambda _: None)
+    assert [x.hello.engine for x in found] == ["vllm", "vllm"]
+    for each in found:
+        assert 100 < each.settings["prefill_tokens_per_s"] < 1e5
+        assert each.fit.error_p50 < 0.5
+    await_free(group, LEASE_S + 5)
 
 
 def test_a_worker_that_is_not_there_is_said_so(
