@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class NoEngine(EngineClient):  # type: ignore[misc]
-    """Whoever derives from it says in `generate` what comes out."""
+    """Whoever derives from it brings `generate`."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from deploy.local.vllm_front import serve
-from router.no_engine import NoEngine
+from deploy.local.vllm_front import FrontEngine, serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 _TOKEN_ID, _TEXT = 253, " a"
 
 
-class InstantEngine(NoEngine):
+class InstantEngine(FrontEngine):
     """Every token costs one turn of the event loop."""
 
     async def generate(

@@ -19,14 +19,21 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from router.no_engine import NoEngine
+
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
-    from router.no_engine import NoEngine
+
+class FrontEngine(NoEngine):
+    """Whoever derives from it says in `generate` what comes out."""
+
+    async def start(self) -> None:
+        """Once, on the event loop that serves."""
 
 
-def serve(name: str, argv: Sequence[str], make: Callable[[VllmConfig], NoEngine]) -> None:
+def serve(name: str, argv: Sequence[str], make: Callable[[VllmConfig], FrontEngine]) -> None:
     """On a free port of 127.0.0.1 until SIGTERM. `argv`: `--address-file F` and vLLM's flags."""
     parser = make_arg_parser(FlexibleArgumentParser(prog=name))
     parser.add_argument("--address-file", type=Path, required=True)
@@ -40,7 +47,7 @@ def serve(name: str, argv: Sequence[str], make: Callable[[VllmConfig], NoEngine]
 
 
 async def _serve(
-    args: argparse.Namespace, listener: socket.socket, make: Callable[[VllmConfig], NoEngine]
+    args: argparse.Namespace, listener: socket.socket, make: Callable[[VllmConfig], FrontEngine]
 ) -> None:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     model_config = engine_args.create_model_config()

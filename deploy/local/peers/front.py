@@ -27,8 +27,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from deploy.local.peers.engine import PeerEngine
-from deploy.local.vllm_front import serve
-from router.no_engine import NoEngine
+from deploy.local.vllm_front import FrontEngine, serve
 from workers.engines.base import Removed, Stored
 from workers.engines.sim import sim_settings
 
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 _TOKEN_ID, _TEXT = 253, " a"
 
 
-class SimulatedVllm(NoEngine):
+class SimulatedVllm(FrontEngine):
     """Answers with as many tokens as were asked for, when the simulated engine has them."""
 
     def __init__(
