@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float64]
     Integers = npt.NDArray[np.int64]
-    Bools = npt.NDArray[np.bool_]
 
-_WIDTH: Final = 17
+_WIDTH: Final = 11
 
 
 class Columns:
@@ -29,16 +28,17 @@ class Columns:
     def __init__(self, workers: list[WorkerView], matrix: Floats, slots: dict[str, int]) -> None:
         self.workers = workers
         self._slots = slots
-        self.tokens_left, self.tokens_total, self.max_model_len = matrix[0], matrix[1], matrix[2]
-        self.queued, self.queue_s, self.chunk_tokens = matrix[3], matrix[4], matrix[5]
-        self.token_s, self.pair_s, self.step_s = matrix[6], matrix[7], matrix[8]
-        self.stream_s, self.context_s, self.streams_held = matrix[9], matrix[10], matrix[11]
-        self.pull_token_s = matrix[12]
-        self.computes: Bools = matrix[13] > 0
-        self.generates: Bools = matrix[14] > 0
-        self.tie: Integers = matrix[15].astype(np.int64)
-        self.family: Integers = matrix[16].astype(np.int64)
-        """Equal for equal `WorkerView.family`."""
+        self.queued, self.chunk_tokens = matrix[0], matrix[1]
+        self.token_s, self.pair_s, self.step_s = matrix[2], matrix[3], matrix[4]
+        self.stream_s, self.context_s, self.streams_held = matrix[5], matrix[6], matrix[7]
+        self.pull_token_s = matrix[8]
+        self.tie: Integers = matrix[9].astype(np.int64)
+        self.family: Integers = matrix[10].astype(np.int64)
+
+    def slots(self, workers: Sequence[WorkerView]) -> Integers:
+        """Where these are."""
+        slots = self._slots
+        return np.fromiter((slots[w.id] for w in workers), np.int64, len(workers))
 
     def cached_tokens(self, by_worker: Mapping[str, int]) -> Floats:
         cached = np.zeros(len(self.workers))
@@ -75,9 +75,8 @@ class ColumnsKept:
 def _column(w: WorkerView) -> tuple[float, ...]:
     _, token_s, pair_s, stream_s, context_s = w.rates.step.rates
     return (
-        w.tokens_left, w.tokens_total, w.hello.max_model_len,
-        w.prefill_tokens_queued, w.queue_s, w.rates.chunk_tokens,
+        w.prefill_tokens_queued, w.rates.chunk_tokens,
         token_s, pair_s, w.step_s,
         stream_s, context_s, w.streams_held,
-        w.pull_token_s, w.computes, w.generates, w.tie, w.family,
+        w.pull_token_s, w.tie, w.family,
     )  # fmt: skip

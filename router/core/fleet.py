@@ -93,9 +93,8 @@ class WorkerView:
 
     def place(self, request_id: str, prompt_tokens: int) -> None:
         """The next `Generate` sent here is this one; the worker computes so much of it."""
-        self.answered(request_id)
+        self._unheard_tokens += prompt_tokens - self.unheard.pop(request_id, (0, 0))[1]
         self.unheard[request_id] = self.sent + 1, prompt_tokens
-        self._unheard_tokens += prompt_tokens
         self._weigh()
 
     def answered(self, request_id: str) -> None:
@@ -112,9 +111,10 @@ class WorkerView:
 
     def leave(self, request_id: str) -> None:
         """It is no more on this worker."""
-        self.answered(request_id)
-        if (blocks := self.promised.pop(request_id, None)) is not None:
-            self._promised_blocks -= blocks
+        unheard, blocks = self.unheard.pop(request_id, None), self.promised.pop(request_id, None)
+        if unheard is not None or blocks is not None:
+            self._unheard_tokens -= unheard[1] if unheard else 0
+            self._promised_blocks -= blocks or 0
             self._weigh()
 
     def rest(self, resting: bool) -> None:

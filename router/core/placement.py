@@ -18,11 +18,11 @@ from router.core.estimate import GRAIN_S, Estimate, mixed
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from router.core.columns import Bools, Columns, Floats, Integers
+    from router.core.columns import Columns, Floats, Integers
     from router.core.fleet import WorkerView
 
 KEPT: Final = 4
-"""Cheapest workers of a family for each half, of which all pairs are then compared."""
+"""Workers for each half of which all pairs are compared; of more, the cheapest of each family."""
 
 
 class Disaggregate(StrEnum):
@@ -109,106 +109,109 @@ class EstimatePolicy:
     def place(
         self, prompt: Prompt, workers: Sequence[WorkerView], avoid: frozenset[str] = frozenset()
     ) -> Placement:
-        columns = self._columns.of(workers)
-        every = np.ones(len(columns.workers), np.bool_)
-        others = np.array([w.id not in avoid for w in workers], np.bool_) if avoid else every
-        for able in (others, every):
-            if (able & columns.generates).any():
-                return self._choose(prompt, columns, able)
+        for able in ([w for w in workers if w.id not in avoid] if avoid else (), workers):
+            if any(w.generates for w in able):
+                return self._choose(prompt, able, workers)
         raise NoWorkers("decode", known=len(workers))
 
-    def _choose(self, prompt: Prompt, columns: Columns, able: Bools) -> Placement:
-        idle = columns.queue_s <= self._prefill_s
-        roomy, computes = _with_room(prompt, columns, able), able & columns.computes
-        senders = computes & idle
-        cached = columns.cached_tokens(prompt.cached_tokens)
-        sending_s = estimate.senders_s(prompt, columns, cached)
-        receiving_s = estimate.receivers_s(prompt, columns)
-        # As if nothing of the transfer were hidden: who has it cached is worth looking at.
-        unread_s = (prompt.tokens - cached) * columns.pull_token_s
-        reading_s = receiving_s + columns.step_s + unread_s
-        options = _pairs(prompt, columns, (senders, sending_s), (roomy, reading_s))
+    def _choose(
+        self, prompt: Prompt, able: Sequence[WorkerView], workers: Sequence[WorkerView]
+    ) -> Placement:
+        """`workers`: all that are asked about, from call to call mostly the same."""
+        computing, roomy = [w for w in able if w.computes], _with_room(prompt, able)
+        idle = [w for w in computing if w.queue_s <= self._prefill_s]
+        looked_at = len(idle) + len(roomy)
+        alone = [w for w in roomy if w.queue_s <= self._prefill_s]
+        senders, receivers = idle, roomy
+        if max(len(idle), len(roomy)) > KEPT:
+            few = _Cheapest(prompt, self._columns.of(workers))
+            senders, receivers, alone = few.senders(idle), few.receivers(roomy), few.alone(alone)
+        options = _pairs(prompt, senders, receivers)
         if not self._always:
-            options += _single(prompt, columns, roomy & idle, sending_s + receiving_s)
-        elif not options and (senders == computes).all():  # There is no pair at all.
-            options = _single(prompt, columns, roomy, sending_s + receiving_s)
+            options += _singles(prompt, alone)
+        elif not options and idle == computing:  # There is no pair at all.
+            options = _singles(prompt, receivers)
         if not options:
             raise NoCapacity(tokens=prompt.tokens)
         made, prefill, decode = min(options, key=lambda option: _order(prompt, option))
-        looked_at = int(senders.sum() + roomy.sum())
         return Placement(prefill.id if prefill else None, decode.id, made, looked_at)
 
 
-def _with_room(prompt: Prompt, columns: Columns, able: Bools) -> Bools:
+def _with_room(prompt: Prompt, workers: Sequence[WorkerView]) -> list[WorkerView]:
     """Who generates and has KV blocks for all of it. Raises `NoCapacity`.
 
     What is too large for each of them even when empty goes to any: it says so to the client.
     """
-    generates: Bools = able & columns.generates
-    most = np.minimum(float(prompt.tokens + prompt.output_tokens), columns.max_model_len)
-    roomy: Bools = generates & (columns.tokens_left >= most)
-    if roomy.any():
+    able, most = [w for w in workers if w.generates], prompt.tokens + prompt.output_tokens
+    roomy = [w for w in able if w.tokens_left >= most or w.tokens_left >= prompt.kv_tokens(w)]
+    if roomy:
         return roomy
-    if (generates & (columns.tokens_total >= most)).any():
-        raise NoCapacity(tokens=int(most[generates].min()))
-    return generates
+    if any(w.tokens_total >= prompt.kv_tokens(w) for w in able):
+        raise NoCapacity(tokens=prompt.kv_tokens(able[0]))
+    return able
 
 
-_Half = tuple["Bools", "Floats"]
-"""Who may, and what it costs of each."""
-
-
-def _pairs(prompt: Prompt, columns: Columns, senders: _Half, receivers: _Half) -> list[_Option]:
-    """The two halves hang together by the transfer alone, so the best few of each suffice."""
-    if not senders[0].any():
+def _pairs(
+    prompt: Prompt, senders: Sequence[WorkerView], receivers: Sequence[WorkerView]
+) -> list[_Option]:
+    if not senders:
         return []
-    sending = _cheapest(prompt, columns, *senders)
-    receiving = _cheapest(prompt, columns, *receivers)
-    generating = {w.id: estimate.decode(prompt, w) for some in receiving for w in some}
+    generating = [(d, estimate.decode(prompt, d)) for d in receivers]
     return [
-        (estimate.apart(prompt, (p, computing), (d, generating[d.id])), p, d)
-        for some in sending
-        for p in some
+        (estimate.apart(prompt, (p, computing), receiver), p, receiver[0])
+        for p in senders
         for computing in (estimate.prefill(prompt, p),)
-        for others in receiving
-        if can_hand_off(sender=p.hello, receiver=others[0].hello)
-        for d in others
-        if p is not d
+        for receiver in generating
+        if p is not receiver[0] and can_hand_off(sender=p.hello, receiver=receiver[0].hello)
     ]
 
 
-def _single(prompt: Prompt, columns: Columns, able: Bools, cost_s: Floats) -> list[_Option]:
-    """The best of those that do it all; none where none may."""
-    slots = np.flatnonzero(able)
-    if not len(slots):
-        return []
-    w = columns.workers[slots[_keys(prompt, columns, slots, cost_s).argmin()]]
-    made = estimate.together(estimate.prefill(prompt, w), estimate.decode(prompt, w))
-    return [(made, None, w)]
+def _singles(prompt: Prompt, workers: Sequence[WorkerView]) -> list[_Option]:
+    return [
+        (estimate.together(estimate.prefill(prompt, w), estimate.decode(prompt, w)), None, w)
+        for w in workers
+    ]
 
 
-def _cheapest(
-    prompt: Prompt, columns: Columns, able: Bools, cost_s: Floats
-) -> list[list[WorkerView]]:
-    """`KEPT` of each family."""
-    found, slots = [], np.flatnonzero(able)
-    families = columns.family[slots]
-    while len(slots):
-        one = families == families[0]
-        some, slots, families = slots[one], slots[~one], families[~one]
-        keys = _keys(prompt, columns, some, cost_s)
-        if len(some) > KEPT:
-            least = np.argpartition(keys, KEPT)[:KEPT]
-            some, keys = some[least], keys[least]
-        found.append([columns.workers[slot] for slot in some[keys.argsort()]])
-    return found
+class _Cheapest:
+    """`KEPT` of each family, of hundreds: the two halves hang together by the transfer alone, so
+    the best few of each suffice."""
 
+    def __init__(self, prompt: Prompt, columns: Columns) -> None:
+        self._prompt, self._columns = prompt, columns
+        self._cached = columns.cached_tokens(prompt.cached_tokens)
+        self._sending_s = estimate.senders_s(prompt, columns, self._cached)
+        self._receiving_s = estimate.receivers_s(prompt, columns)
 
-def _keys(prompt: Prompt, columns: Columns, slots: Integers, cost_s: Floats) -> Integers:
-    """They sort as costs do, in `GRAIN_S`, and equals in an order of the request's own."""
-    grains = np.minimum(np.rint(cost_s[slots] / GRAIN_S), 2.0**30).astype(np.int64)
-    keys: Integers = grains << 32 | mixed(prompt.tie, columns.tie[slots])
-    return keys
+    def senders(self, workers: list[WorkerView]) -> list[WorkerView]:
+        return self._of(workers, self._sending_s)
+
+    def receivers(self, workers: list[WorkerView]) -> list[WorkerView]:
+        """As if nothing of the transfer were hidden: who has it cached is worth looking at."""
+        columns = self._columns
+        unread_s = (self._prompt.tokens - self._cached) * columns.pull_token_s
+        return self._of(workers, self._receiving_s + columns.step_s + unread_s)
+
+    def alone(self, workers: list[WorkerView]) -> list[WorkerView]:
+        return self._of(workers, self._sending_s + self._receiving_s)
+
+    def _of(self, workers: list[WorkerView], cost_s: Floats) -> list[WorkerView]:
+        found: list[WorkerView] = []
+        slots = self._columns.slots(workers)
+        families = self._columns.family[slots]
+        while len(slots):
+            one = families == families[0]
+            some, slots, families = slots[one], slots[~one], families[~one]
+            if len(some) > KEPT:
+                some = some[np.argpartition(self._keys(some, cost_s), KEPT)[:KEPT]]
+            found += [self._columns.workers[slot] for slot in some]
+        return found
+
+    def _keys(self, slots: Integers, cost_s: Floats) -> Integers:
+        """They sort as costs do, in `GRAIN_S`, and equals in an order of the request's own."""
+        grains = np.minimum(np.rint(cost_s[slots] / GRAIN_S), 2.0**30).astype(np.int64)
+        keys: Integers = grains << 32 | mixed(self._prompt.tie, self._columns.tie[slots])
+        return keys
 
 
 def _order(prompt: Prompt, option: _Option) -> tuple[int, int]:
