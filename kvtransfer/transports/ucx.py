@@ -199,17 +199,9 @@ class UcxPeer:
         if handle.progress is not Progress.PENDING:
             return handle.progress
         try:
-            state = self._agent.check_xfer_state(handle.nixl)
-            if state == "DONE":
-                self._agent.release_xfer_handle(handle.nixl)
+            self._judge(handle, self._agent.check_xfer_state(handle.nixl))
         except self._errors:
-            state = "ERR"
-        if state == "DONE":
-            self._reads.discard(handle)
-            handle.nixl, handle.progress = None, Progress.DONE
-        elif state != "PROC":
-            # One of the read's many pieces has failed: only this is sure to end the others.
-            self._end("the sender is gone: a read failed")
+            self._judge(handle, "ERR")
         return handle.progress
 
     def descriptors(self) -> list[int]:
@@ -220,6 +212,15 @@ class UcxPeer:
         leaves a stalled read to land whenever the sender wakes.
         """
         self._end("the peer is fenced")
+
+    def _judge(self, read: _Read, state: str) -> None:
+        if state == "DONE":
+            self._agent.release_xfer_handle(read.nixl)
+            self._reads.discard(read)
+            read.nixl, read.progress = None, Progress.DONE
+        elif state != "PROC":
+            # One of the read's many pieces has failed: only this is sure to end the others.
+            self._end("the sender is gone: a read failed")
 
     def _end(self, reason: str) -> None:
         self._gone = self._gone or reason
@@ -241,7 +242,8 @@ class UcxPeer:
             np.ascontiguousarray(remote, np.int32),
         )
         self._reads.add(read)
-        self._agent.transfer(read.nixl)
+        # Between processes of one machine it may be done by now.
+        self._judge(read, self._agent.transfer(read.nixl))
         return read
 
     def _greet(self, theirs: UcxDescription) -> None:
