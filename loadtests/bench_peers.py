@@ -32,7 +32,7 @@ from loadtests.sse import Stream, StreamFailed, stream
 from loadtests.table import print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from deploy.local.peers.load import Ask
 
@@ -45,6 +45,8 @@ ROWS = ["tandem", REFUSING, *(name for name in SIDES if name != "tandem")]
 INSTANT = Fleet(prefill=1, decode=1, instant=True)
 PACED = Fleet(prefill=1, decode=1, step_ms=2.0, prefill_tokens_per_s=1e9, stream_us=0.0)
 """An instant engine floods a router, which may then send many tokens in one event."""
+STRETCHES = (0.25, 0.14)
+"""Of the trace's times: a load that the engines carry, and one that they do not."""
 REST_S = 2.0
 WARM = 16
 CLIENTS, STREAM_TOKENS, SHORT, ROUNDS = 16, 512, 400, 3
@@ -57,7 +59,8 @@ _T = TypeVar("_T")
 class Report:
     """What was measured so far, in order."""
 
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[float, dict[str, Row]] = field(default_factory=dict)
+    """By how far apart the trace's arrivals are, then by side."""
     cpu: dict[str, dict[str, float]] = field(default_factory=dict)
     config: dict[str, Sequence[str]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
@@ -70,23 +73,30 @@ def main() -> int:
     if unknown := [n for n in names if n not in ROWS]:
         print(f"bench_peers: no side is called {unknown[0]!r}; there are {ROWS}", file=sys.stderr)
         return 2
-    shape = Shape(**{f.name: vars(args)[f.name] for f in fields(Shape)})
+    base = Shape(**{f.name: vars(args)[f.name] for f in fields(Shape) if f.name != "stretch_time"})
     plan = Plan(args.model, prepare(args.model), Fleet(args.prefill, args.decode), args.peers)
-    asks = load(plan.folder, shaped(shape), plan.fleet.max_model_len)
+    shapes = [replace(base, stretch_time=stretch) for stretch in args.stretch_time]
+    loads = {s: load(plan.folder, shaped(s), plan.fleet.max_model_len) for s in shapes}
     slo = Slo(args.slo_ttft_ms / 1e3, args.slo_itl_ms / 1e3)
     report = Report()
-    for name in names:
-        _measure(name, plan, asks, slo, report)
+    for shape, asks in loads.items():
+        rows = report.rows[shape.stretch_time] = {}
+        for name in names:
+            if (row := _measure(name, plan, asks, slo, report)) is not None:
+                rows[name] = row
     if not args.no_cpu:
         for name in (n for n in names if n not in ALIKE):
             for fleet in (INSTANT, PACED):
                 _measure_cpu(name, plan, fleet, report)
-    _print(report, plan, asks, slo, shape)
+    _print(report, plan, slo, loads)
     if args.json:
         written = {
             "order": names, "fleet": asdict(plan.fleet), "slo": asdict(slo),
-            "trace": asdict(shape), "config": report.config,
-            "rows": {name: row.as_json() for name, row in report.rows.items()},
+            "trace": asdict(base), "config": report.config,
+            "rows": {
+                f"{stretch:g}": {name: row.as_json() for name, row in rows.items()}
+                for stretch, rows in report.rows.items()
+            },
             "cpu": report.cpu, "errors": report.errors,
         }  # fmt: skip
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=shape.seed, help="of the trace")
     add("--requests", type=int, default=shape.requests, help="of the trace, from its start")
     add("--divide-lengths", type=int, default=shape.divide_lengths, help="of prompts and answers")
-    add("--stretch-time", type=float, default=shape.stretch_time, help="arrivals apart by this")
+    add(
+        "--stretch-time",
+        type=float,
+        nargs="+",
+        default=STRETCHES,
+        help="arrivals apart by this; a table for each",
+    )
     add(
         "--reuse-sooner", type=float, default=shape.reuse_sooner, help="shared beginnings come back"
     )
@@ -129,7 +145,7 @@ def _say(line: str) -> None:
 # ---------------------------------------------------------------- the trace
 
 
-def _measure(name: str, plan: Plan, asks: Sequence[Ask], slo: Slo, report: Report) -> None:
+def _measure(name: str, plan: Plan, asks: Sequence[Ask], slo: Slo, report: Report) -> Row | None:
     if name == REFUSING:
         plan = replace(plan, ttft_objective_s=slo.ttft_s)
     requests = [Due(ask.at_s, _body(plan.model, ask.prompt, ask.output_tokens)) for ask in asks]
@@ -144,8 +160,7 @@ def _measure(name: str, plan: Plan, asks: Sequence[Ask], slo: Slo, report: Repor
             _say(f"{name}: {times} times: {error}")
         return row_of(outcomes, asks[-1].at_s, slo, cpu_s)
 
-    if (row := _on_side(name, plan, report, turn)) is not None:
-        report.rows[name] = row
+    return _on_side(name, plan, report, turn)
 
 
 def _body(model: str, prompt: str, tokens: int) -> dict[str, Any]:
@@ -232,24 +247,30 @@ def _measure_cpu(name: str, plan: Plan, fleet: Fleet, report: Report) -> None:
 # ---------------------------------------------------------------- on paper
 
 
-def _print(report: Report, plan: Plan, asks: Sequence[Ask], slo: Slo, shape: Shape) -> None:
+def _print(report: Report, plan: Plan, slo: Slo, loads: Mapping[Shape, Sequence[Ask]]) -> None:
     print("How each side was run:")
     for name, lines in report.config.items():
         print(f"  {name}")
         for line in lines:
             print(f"    {line}")
-    prompts = [a.input_tokens for a in asks]
     print(
-        f"\n{shape.name} (made up, seed {shape.seed}), {len(asks)} requests in"
-        f" {asks[-1].at_s:.0f} s: lengths divided by {shape.divide_lengths}, times by"
-        f" {1 / shape.stretch_time:g}, beginnings reused {shape.reuse_sooner:g} times sooner;"
-        f" prompts of {sum(prompts) / len(prompts):,.0f} tokens, at most {max(prompts):,}.\n"
-        f"{plan.fleet.prefill} prefill and {plan.fleet.decode} decode engines. SLO: TTFT up to"
+        f"\n{plan.fleet.prefill} prefill and {plan.fleet.decode} decode engines. SLO: TTFT up to"
         f" {slo.ttft_s:g} s, mean ITL up to {slo.itl_s * 1e3:g} ms. Measured in this order:"
     )
     missing = [[n, "not there", *[""] * (len(COLUMNS) - 2)] for n in ROWS if _missing(n, report)]
-    rows = [row.cells(name) for name, row in report.rows.items()]
-    print_table("The trace; times in ms, CPU a request", COLUMNS, [*rows, *missing])
+    for shape, asks in loads.items():
+        prompts = [a.input_tokens for a in asks]
+        print(
+            f"\n{shape.name} (made up, seed {shape.seed}), {len(asks)} requests in"
+            f" {asks[-1].at_s:.0f} s: lengths divided by {shape.divide_lengths}, times by"
+            f" {1 / shape.stretch_time:g}, beginnings reused {shape.reuse_sooner:g} times sooner;"
+            f" prompts of {sum(prompts) / len(prompts):,.0f} tokens, at most {max(prompts):,}."
+        )
+        rows = [row.cells(name) for name, row in report.rows[shape.stretch_time].items()]
+        print_table(
+            f"{len(asks) / asks[-1].at_s:.0f} requests a second; times in ms, CPU a request",
+            COLUMNS, [*rows, *missing],
+        )  # fmt: skip
     if report.cpu:
         print_table(
             f"CPU of streams of {STREAM_TOKENS} tokens and of requests for 2: {CLIENTS} clients,"

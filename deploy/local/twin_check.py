@@ -88,7 +88,7 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     flags = ["--disaggregate", "always"]
     with LocalGroup(args.model, flags=FLAGS, router_flags=flags, progress=to_stderr) as group:
         channels = [w.channel for w in group.workers]
-        found = await asyncio.to_thread(measure, channels, Sweep(), to_stderr)
+        found = await asyncio.to_thread(measure, channels, Sweep(), to_stderr, one_host=True)
         alone = await _alone(group.url, args.model)
         plan = _plan(as_toml(found, latency_ms=0.2, front_ms=0.0))
         front_s = max(0.0, median(h.ttft_s for h in alone) - _lone_s(plan))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from router.twin.compare import to_stderr
@@ -28,13 +29,16 @@ class Calibrated:
     hello: WorkerHello
     settings: dict[str, float | int | bool]
     fit: Fit
+    beside: float = 1.0
+    """What its steps' times are multiplied by while the other one computes."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 when a fleet was written; 1 when a worker could not be measured."""
     args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        found = measure(args.workers, Sweep(repeats=args.repeats), to_stderr)
+        sweep = Sweep(repeats=args.repeats)
+        found = measure(args.workers, sweep, to_stderr, one_host=args.one_host)
     except ProbeFailed as error:
         to_stderr(f"tandem calibrate: {error}")
         return 1
@@ -60,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, required=True, metavar="FILE.toml", help="where the fleet is written")
     add("--repeats", type=int, default=Sweep().repeats, help="of each prompt; default: %(default)s")
+    add(
+        "--one-host",
+        action="store_true",
+        help="the workers share a machine: measure how much a prefill and a decode worker slow "
+        "each other",
+    )
     add("--latency-ms", type=float, default=0.2, help="router to worker; default: %(default)s")
     add(
         "--front-ms",
@@ -70,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser  # fmt: skip
 
 
-def measure(addresses: Sequence[str], sweep: Sweep, say: Callable[[str], None]) -> list[Calibrated]:
+def measure(
+    addresses: Sequence[str], sweep: Sweep, say: Callable[[str], None], *, one_host: bool = False
+) -> list[Calibrated]:
     """Each of these workers, which have nothing else to do. Raises `ProbeFailed`."""
     with Probe(addresses) as probe:
         engines = {line.hello.engine for line in probe.lines}
@@ -86,7 +98,25 @@ def measure(addresses: Sequence[str], sweep: Sweep, say: Callable[[str], None]) 
             pull = _pull(sweeper, prefill, decode)
             for each in found:
                 each.settings.update(pull)
+            if one_host:
+                say("both at once")
+                found = _together(sweeper, prefill, decode, found)
         return found
+
+
+def _together(
+    sweeper: Sweeper, prefill: Line, decode: Line, found: Sequence[Calibrated]
+) -> list[Calibrated]:
+    of = {each.hello.worker_id: each for each in found}
+    first, second = (of[line.hello.worker_id] for line in (prefill, decode))
+    samples = sweeper.beside(prefill, decode, int(first.settings["chunk_tokens"]))
+    for each, seen in zip((first, second), samples, strict=True):
+        slow = [
+            y / sum(r * x for r, x in zip(each.fit.rates, row, strict=True))
+            for row, y in zip(seen.rows, seen.seconds, strict=True)
+        ]
+        of[each.hello.worker_id] = replace(each, beside=max(1.0, median(slow)) if slow else 1.0)
+    return list(of.values())
 
 
 def _one(sweeper: Sweeper, line: Line, say: Callable[[str], None]) -> Calibrated:
@@ -152,6 +182,7 @@ def as_toml(found: Sequence[Calibrated], latency_ms: float, front_ms: float) -> 
             "[[workers]]",
             f'role = "{each.hello.role}"',
             "count = 1",
+            *(['host = "one"', f"beside = {_number(each.beside)}"] if each.beside > 1 else []),
             "[workers.settings]",
             *(f"{name} = {_number(value)}" for name, value in each.settings.items()),
         ]

@@ -42,6 +42,10 @@ class WorkerPlan:
     worker_id: str
     role: Role
     settings: SimSettings
+    host: str = ""
+    """Those of one host slow each other; none: nobody does."""
+    beside: float = 1.0
+    """What its steps' times are multiplied by while another of its host computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,7 @@ def _from_table(table: Mapping[str, Any], where: str, engine: str) -> FleetPlan:
 def _group(group: Mapping[str, Any], where: str, base: SimSettings) -> list[WorkerPlan]:
     if not isinstance(group, dict):
         raise FleetInvalid(f"{where}: not a table")
-    _only(group, {"role", "count", "name", "engine", "settings"}, where)
+    _only(group, {"role", "count", "name", "engine", "settings", "host", "beside"}, where)
     try:
         role = Role(group.get("role", ""))
     except ValueError:
@@ -135,7 +139,10 @@ def _group(group: Mapping[str, Any], where: str, base: SimSettings) -> list[Work
             raise FleetInvalid(f"{where}: no engine is called {group['engine']!r}")
         base = ENGINES[group["engine"]]
     settings = _settings(base, group.get("settings", {}), where)
-    return [WorkerPlan(f"{name}-{n}", role, settings) for n in range(count)]
+    host, beside = group.get("host", ""), _number(group, "beside", 1.0, where)
+    if not isinstance(host, str) or beside < 1:
+        raise FleetInvalid(f"{where}: host is no name, or beside is below 1")
+    return [WorkerPlan(f"{name}-{n}", role, settings, host, beside) for n in range(count)]
 
 
 def _settings(base: SimSettings, changes: Mapping[str, Any], where: str) -> SimSettings:

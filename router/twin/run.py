@@ -65,6 +65,10 @@ class Twin:
         self.workers = {
             w.worker_id: SimWorker(w, self.handoffs, self.options.alike_s) for w in fleet.workers
         }
+        self._hosts: dict[str, list[SimWorker]] = {}
+        for worker in self.workers.values():
+            if worker.plan.host:
+                self._hosts.setdefault(worker.plan.host, []).append(worker)
         self.outcomes = Outcomes(array("d", [r.at_s for r in trace.requests]), lambda: self.now)
         self.submit_ns = array("q")
         """By the real clock, of each `submit`: the lookup in the index, placement, what is sent."""
@@ -178,6 +182,18 @@ class Twin:
             self._push(worker.begin(self.now), _STEP, worker.worker_id, worker.version)
             if worker.model.awaits:
                 self._awaiting[worker.worker_id] = worker
+        if worker.plan.host:
+            self._share(self._hosts[worker.plan.host])
+
+    def _share(self, workers: list[SimWorker]) -> None:
+        """Engines of one host slow each other while they compute."""
+        computing = sum(w.computing for w in workers)
+        for worker in workers:
+            slow = worker.plan.beside if computing > worker.computing else 1.0
+            if slow != worker.slow:
+                end_at = worker.slowed(slow, self.now)
+                if worker.stepping:
+                    self._push(end_at, _STEP, worker.worker_id, worker.version)
 
     def _end_step(self, worker: SimWorker, version: object) -> None:
         if version != worker.version:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from itertools import pairwise, product
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from router.twin.probe import ProbeFailed
-from workers.api import Finish, Generate, Phase, Release, Role, make_ticket
+from workers.api import Abort, Finish, Generate, Phase, Release, Role, make_ticket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from router.twin.probe import Call, Line, Probe
-    from workers.api import Delta, Step
+    from workers.api import Batch, Delta, Step
 
 Row = tuple[float, float, float, float, float]
 """What a rate each explains: steps, prompt tokens, pairs that attention looks at, sequences that
@@ -31,6 +32,9 @@ class Sweep:
     contexts: tuple[int, ...] = (64, 512, 1500)
     outputs: int = 24
     handoffs: tuple[int, ...] = (64, 256, 512, 1024, 2048)
+    beside: tuple[int, ...] = (1, 4)
+    """Sequences that generate on one worker while the other computes prompts."""
+    beside_prompts: tuple[int, ...] = (256, 512, 1024)
 
 
 @dataclass(slots=True)
@@ -104,11 +108,7 @@ class Sweeper:
                 for _ in range(count)
             ]
             self._probe.wait(calls)
-            for (before, was), (at, batch) in pairwise(line.batches[seen:]):
-                step = batch.load.step
-                steady = batch.load.steps == was.load.steps + 1
-                if steady and step and step.decodes == count and not step.prefill_tokens:
-                    samples.add((1, 0, 0, count, step.context_tokens), at - before)
+            _steps_of(line.batches[seen:], count, samples)
         return samples
 
     # ------------------------------------------------------------ handoff
@@ -146,6 +146,31 @@ class Sweeper:
         gaps = sorted(b - a for a, b in pairwise(ats))
         return tokens, max(0.0, ats[0] - first.deltas[-1][0]), gaps[len(gaps) // 2]
 
+    # ------------------------------------------------------------ at the same time
+
+    def beside(self, prefill: Line, decode: Line, chunk: int) -> tuple[Samples, Samples]:
+        """One computes prompts, with nothing in between, while the other generates: the steps of
+        each. `chunk`: most tokens of a step of the first.
+        """
+        prompts, steps = Samples(), Samples()
+        for count in self._sweep.beside:
+            seen, outputs = len(decode.batches), 20 * self._sweep.outputs
+            calls = [self._ask(decode, self._fresh(64), outputs)[0] for _ in range(count)]
+            while len(decode.batches) < seen + 2:  # They have begun.
+                self._probe.listen(0.2)
+            begun, seen = perf_counter(), len(decode.batches)
+            for tokens, _ in product(self._sweep.beside_prompts, range(self._sweep.repeats)):
+                if self._fits(prefill, tokens) and not any(call.over for call in calls):
+                    pairs = tokens * (tokens + 1) / 2
+                    row = (-(-tokens // chunk), tokens, pairs, 0, 0)
+                    prompts.add(row, self._prompt_s(prefill, tokens))
+            ended = perf_counter()
+            decode.say(Abort([call.request_id for call in calls]))
+            among = [(at, batch) for at, batch in decode.batches[seen:] if begun < at < ended]
+            self._probe.forget(calls)
+            _steps_of(among, count, steps)
+        return prompts, steps
+
     # ------------------------------------------------------------ asking
 
     def _ask(
@@ -164,6 +189,15 @@ class Sweeper:
     def _fresh(self, tokens: int) -> list[int]:
         """Ids from the middle of any vocabulary, which no cache has seen."""
         return [self._rng.randrange(1000, 30_000) for _ in range(tokens)]
+
+
+def _steps_of(batches: Sequence[tuple[float, Batch]], count: int, samples: Samples) -> None:
+    """From one step to the next, where `count` sequences generate and nothing else is done."""
+    for (before, was), (at, batch) in pairwise(batches):
+        step = batch.load.step
+        steady = batch.load.steps == was.load.steps + 1
+        if steady and step and step.decodes == count and not step.prefill_tokens:
+            samples.add((1, 0, 0, count, step.context_tokens), at - before)
 
 
 def chunk_of(seen: list[tuple[int, int]], most: int) -> int:

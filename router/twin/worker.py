@@ -49,7 +49,10 @@ class SimWorker:
         self.version = 0
         """Of the end of its step: moved by what comes in."""
         self.stepping = False
-        self._began_at = 0.0
+        self.slow = 1.0
+        """What its steps' times are multiplied by for now: others of its host compute."""
+        self._began_at = self._settled_at = 0.0
+        self._step_s = self._lost_s = 0.0
         self._alike_s = alike_s
         self._mirror = CacheMirror()
         self._kv_seq: int | None = None
@@ -96,16 +99,37 @@ class SimWorker:
 
     # ------------------------------------------------------------ steps
 
+    @property
+    def computing(self) -> bool:
+        """In a step, and not merely waiting for one."""
+        return self.stepping and self.model.begun is not None
+
     def begin(self, now: float) -> float:
         """The next step; when it ends."""
-        self.stepping, self._began_at = True, now
-        self.version += 1
-        return now + self.model.begin(now, self._alike_s)
+        self.stepping, self._began_at, self._settled_at, self._lost_s = True, now, now, 0.0
+        self._step_s = self.model.begin(now, self._alike_s)
+        return self._end_at(now)
 
     def interrupted(self, now: float) -> float:
         """When the step that is under way ends, now that something has come in."""
+        self._settle(now)
+        self._step_s = self.model.cut(now - self._began_at - self._lost_s)
+        return self._end_at(now)
+
+    def slowed(self, slow: float, now: float) -> float:
+        """When the step that is under way ends, now that its time is multiplied by `slow`."""
+        self._settle(now)
+        self.slow = slow
+        return self._end_at(now)
+
+    def _settle(self, now: float) -> None:
+        self._lost_s += (now - self._settled_at) * (1 - 1 / self.slow)
+        self._settled_at = now
+
+    def _end_at(self, now: float) -> float:
         self.version += 1
-        return max(now, self._began_at + self.model.cut(now - self._began_at))
+        end_at = max(now, self._began_at + self._lost_s + self._step_s)
+        return end_at if self.slow == 1 else now + (end_at - now) * self.slow
 
     def finish(self, now: float) -> Batch | None:
         """Nothing, when there is nothing to say to the router."""

@@ -80,6 +80,30 @@ def test_a_lone_request_takes_what_the_formula_says(
     assert twin.outcomes.tokens[0] == 40
 
 
+def on_one_host(beside: float, ats: tuple[float, ...], tokens: int) -> list[float]:
+    """When prompts that two engines of one host share in turn get their one token."""
+    plan = FleetPlan(
+        tuple(WorkerPlan(f"mixed-{n}", Role.MIXED, ENGINE, "one", beside) for n in range(2))
+    )
+    requests = [Request(at, tokens, 1, (n,) * 9) for n, at in enumerate(ats)]
+    twin = Twin(Trace("shared", requests), plan)
+    twin.run(comparison(plan, twin.trace).policy("round-robin", twin))
+    assert {w.heard for w in twin.workers.values()} == {1}
+    return [at - plan.front_s - 2 * plan.latency_s for at in twin.outcomes.first_s]
+
+
+def test_engines_of_one_host_slow_each_other_only_while_both_compute() -> None:
+    alone_s = prompt_s(1000)
+    assert on_one_host(1.5, (1.0, 9.0), 1000) == pytest.approx([1 + alone_s, 9 + alone_s])
+    both = on_one_host(1.5, (1.0, 1.0), 1000)
+    assert both == pytest.approx([1 + 1.5 * alone_s] * 2, abs=1e-4)
+    # The second comes when the first is half done: that one has half left, at a time and a half.
+    first, second = on_one_host(1.5, (1.0, 1.0 + alone_s / 2), 1000)
+    together_s = 1.5 * alone_s / 2
+    assert first == pytest.approx(1 + alone_s / 2 + together_s)
+    assert second == pytest.approx(first + alone_s - together_s / 1.5)
+
+
 # ---------------------------------------------------------------- all of them
 
 

@@ -51,6 +51,15 @@ def test_a_file_says_what_differs(tmp_path: Path) -> None:
     assert (slow.worker_id, slow.role, slow.settings) == ("slow-0", Role.DECODE, GPU)
 
 
+def test_workers_of_one_host_are_said_to_be(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text('[[workers]]\nrole = "mixed"\ncount = 2\nhost = "a"\nbeside = 1.5\n')
+    assert [(w.host, w.beside) for w in read(str(path)).workers] == [("a", 1.5)] * 2
+    path.write_text('[[workers]]\nrole = "mixed"\nhost = "a"\nbeside = 0.5\n')
+    with pytest.raises(FleetInvalid, match="beside is below 1"):
+        read(str(path))
+
+
 def test_json_says_the_same(tmp_path: Path) -> None:
     path = tmp_path / "fleet.json"
     path.write_text('{"workers": [{"role": "mixed", "count": 3, "settings": {"step_s": 1}}]}')

@@ -50,8 +50,8 @@ class SimModel:
         self._budget = 0
         self._preempted = False
         self._alike = 1
-        self._step: Step | None = None  # The last one, and the one under way.
-        self._begun: Step | None = None
+        self._step: Step | None = None  # The last one; and the one under way, None for a nap.
+        self.begun: Step | None = None
 
     # ------------------------------------------------------------ in
 
@@ -98,7 +98,7 @@ class SimModel:
         self._end_pulls(now)
         self._plan_running()
         self._admit(now)
-        step = self._begun = step_of(self._plan, self.settings)
+        step = self.begun = step_of(self._plan, self.settings)
         self._alike = 1
         if self.settings.instant:
             return 0.0
@@ -113,17 +113,17 @@ class SimModel:
 
     def cut(self, elapsed_s: float) -> float:
         """Something came in: no more steps at once than have begun. Seconds from `begin` on."""
-        if self._begun is None:
+        if self.begun is None:
             return elapsed_s
         if self._alike > 1:
-            done = steps_within(self._begun, elapsed_s, self.settings)
+            done = steps_within(self.begun, elapsed_s, self.settings)
             self._alike = min(self._alike, done + 1)
-        return lasting_s(self._begun, self._alike, self.settings)
+        return lasting_s(self.begun, self._alike, self.settings)
 
     def finish(self, now: float) -> list[Delta]:
         """End the step that `begin` chose. Requests aborted or preempted since bring nothing."""
         self._steps += self._alike
-        self._step = self._begun
+        self._step = self.begun
         deltas, self._rejected = self._rejected, []
         for run, chunk in self._plan:
             if self._running.get(run.generate.request_id) is not run:
