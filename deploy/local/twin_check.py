@@ -26,14 +26,17 @@ from loadtests.sse import REST_S
 from router.twin import fleet
 from router.twin.calibrate import as_toml, measure
 from router.twin.compare import Comparison, to_stderr
+from router.twin.fit import fit
 from router.twin.outcomes import GAP_GRAIN_S
 from router.twin.run import Options, Twin
 from router.twin.sweeps import Sweep
 from router.twin.traces import Request, Trace, own_blocks
+from workers.api import Role
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from router.twin.calibrate import Calibrated
     from router.twin.fleet import FleetPlan
 
 FLAGS: Final = ["--max-model-len", "4096", "--enforce-eager"]
@@ -41,6 +44,9 @@ LOADS: Final = (0.25, 0.5, 0.75)
 """Of the time that the prefill worker has, what prompts take."""
 TARGET: Final = 0.10
 _QUANTILES: Final = (0.5, 0.9)
+_AT_ONCE: Final = (1, 3, 6)
+_SHORT: Final = 24
+_STEPS: Final = 60
 _ALONE: Final = 9
 """Requests, one at a time, from which the front's own time is known."""
 
@@ -89,6 +95,7 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     with LocalGroup(args.model, flags=FLAGS, router_flags=flags, progress=to_stderr) as group:
         channels = [w.channel for w in group.workers]
         found = await asyncio.to_thread(measure, channels, Sweep(), to_stderr, one_host=True)
+        _add_front(found, await _served(group.url, args.model))
         alone = await _alone(group.url, args.model)
         plan = _plan(as_toml(found, latency_ms=0.2, front_ms=0.0))
         front_s = max(0.0, median(h.ttft_s for h in alone) - _lone_s(plan))
@@ -132,6 +139,28 @@ def _body(model: str, request: Request, rng: random.Random) -> dict[str, Any]:
         "model": model, "prompt": prompt, "temperature": 0, "ignore_eos": True,
         "max_tokens": request.output_tokens,
     }  # fmt: skip
+
+
+async def _served(url: str, model: str) -> list[tuple[int, float]]:
+    """So many streams at once through the router, and the seconds of a step of theirs."""
+    found = []
+    for count in _AT_ONCE:
+        asked = [Request(0.0, _SHORT, _STEPS, own_blocks(n, _SHORT)) for n in range(count)]
+        heard = await _play(url, model, asked, seed=700 + count)
+        # Between the last one's prompt and the first one's end.
+        found.append((count, median(gap for h in heard for gap in h.gaps_s[_STEPS // 3 : -8])))
+        to_stderr(f"{count} streams through the router: a step takes {found[-1][1] * 1000:.1f} ms")
+    return found
+
+
+def _add_front(found: Sequence[Calibrated], served: Sequence[tuple[int, float]]) -> None:
+    """What router and clients add to the decode worker's steps: here they share its cores."""
+    decode = next(each for each in found if each.hello.role is not Role.PREFILL).settings
+    step_s, stream_s = float(decode["step_s"]), float(decode["stream_s"])
+    context_s = (_SHORT + _STEPS / 2) * float(decode["context_token_s"])
+    more = [max(1e-5, s - step_s - n * (stream_s + context_s)) for n, s in served]
+    a_step_s, a_stream_s = fit([(1.0, float(n)) for n, _ in served], more).rates
+    decode["step_s"], decode["stream_s"] = step_s + a_step_s, stream_s + a_stream_s
 
 
 async def _alone(url: str, model: str) -> list[Outcome]:
