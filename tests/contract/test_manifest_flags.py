@@ -9,13 +9,15 @@ from unittest import mock
 import pytest
 
 from kvtransfer.transports.choose import PREFERRED
-from router.front import front_args
 from tests.manifests import K8S, KUBECTL, build, pods
-from workers.engines.vllm_config import _KV_ROLES
 from workers.flags import read_settings
 from workers.settings import WorkerSettings
 
-pytestmark = pytest.mark.skipif(KUBECTL is None, reason="no kubectl on PATH")
+pytestmark = [
+    pytest.mark.skipif(KUBECTL is None, reason="no kubectl on PATH"),
+    # Torch's, while vLLM imports it.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 OVERLAYS = sorted(p.name for p in (K8S / "overlays").iterdir())
 
@@ -25,6 +27,9 @@ def test_vllm_takes_every_flag_that_is_not_ours(overlay: str) -> None:
     from vllm import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from router.front import front_args
+    from workers.engines.vllm_config import _KV_ROLES
 
     engine = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     for pod in pods(build(K8S / "overlays" / overlay)):

@@ -9,6 +9,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from tests.manifests import K8S, KUBECTL, Object, Pod, build, pods, with_components
 
@@ -92,6 +93,8 @@ def test_every_pod_keeps_the_restricted_profile(tmp_path: Path) -> None:
     found = every_pod(tmp_path)
     assert {p.role for p in found} == {"router", "prefill", "decode", "controller"}
     assert [(p.owner, v) for p in found for v in violations(p.spec)] == []
+    job = yaml.safe_load((K8S / "fetch-model.yaml").read_text(encoding="utf-8"))
+    assert list(violations(job["spec"]["template"]["spec"])) == []
 
 
 def test_the_namespace_enforces_the_profile() -> None:

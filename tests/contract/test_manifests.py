@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -23,7 +25,7 @@ from tests.manifests import (
     selects,
     with_components,
 )
-from workers.flags import read_settings
+from workers.flags import flag, read_settings
 from workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -41,6 +43,10 @@ EPHEMERAL = (32768, 60999)
 MASTER_PORT = 29501
 MARGIN_S = 15
 SETTINGS: dict[str, type[BaseSettings]] = {"router": RouterSettings, "worker": WorkerSettings}
+if find_spec("controller.settings"):  # Agreed upon, and built elsewhere.
+    SETTINGS["controller"] = import_module("controller.settings").ControllerSettings
+AGREED = {"--notice-s", "--drain-s"} - {flag(name) for name in RouterSettings.model_fields}
+"""The router's, built elsewhere."""
 VLLMS_OWN = {
     "--served-model-name", "--tensor-parallel-size", "--distributed-executor-backend",
     "--nnodes", "--node-rank", "--master-addr", "--master-port",
@@ -97,7 +103,8 @@ def test_every_file_is_built_into_something() -> None:
             assert target.exists(), f"{file}: {place}"
             used.add(target)
     other = {f for f in K8S.rglob("*.yaml") if f.name != "kustomization.yaml"} - used
-    assert {f.name for f in other} == {"adapter-values.yaml"}  # For another's chart.
+    # For another's chart, and for one time.
+    assert {f.name for f in other} == {"adapter-values.yaml", "fetch-model.yaml"}
 
 
 def test_what_a_pod_names_is_there(group: list[Object]) -> None:
@@ -126,6 +133,17 @@ def test_every_image_is_one_version(group: list[Object]) -> None:
     assert workers == {"gpu" if gpu else "cpu"}
 
 
+def test_the_job_that_fetches_a_model_fits_and_fills_what_pods_read() -> None:
+    job = yaml.safe_load((K8S / "fetch-model.yaml").read_text(encoding="utf-8"))
+    assert misfits(job) == []
+    group = build(K8S / "overlays/gpu")
+    (claim,) = named(group, "PersistentVolumeClaim")
+    spec = job["spec"]["template"]["spec"]
+    assert {"name": "models", "persistentVolumeClaim": {"claimName": claim}} in spec["volumes"]
+    folder = spec["containers"][0]["args"][-1]
+    assert {p.flag("--model") for p in pods(group)} == {folder}
+
+
 # ------------------------------------------------------------ as our own code sees them
 
 
@@ -138,7 +156,8 @@ def test_every_flag_and_variable_is_one_of_its_process(group: list[Object]) -> N
             continue
         with mock.patch.dict(os.environ, pod.environment(), clear=True):
             settings, rest = read_settings(kind, flags, prog=f"tandem {command}", description="")
-        assert {r.partition("=")[0] for r in rest} <= VLLMS_OWN
+        mine = AGREED if command == "router" else set()
+        assert {r.partition("=")[0] for r in rest} <= VLLMS_OWN | mine
         assert "$(" not in "".join(pod.args())
         if isinstance(settings, WorkerSettings):
             assert settings.role == pod.role
@@ -149,7 +168,7 @@ def test_every_flag_and_variable_is_one_of_its_process(group: list[Object]) -> N
             assert {"http": settings.port} == pod.ports
             assert settings.host == "0.0.0.0"
             assert settings.curve_workers_file
-        checked += 1
+        checked += command != "controller"
     assert checked == 3
 
 
@@ -201,17 +220,16 @@ def _keys(node: Any) -> list[str]:
 def test_a_pod_is_given_the_time_that_its_drain_takes(group: list[Object]) -> None:
     for pod in serving(group):
         grace = pod.spec["terminationGracePeriodSeconds"]
-        stop = pod.container.get("lifecycle", {}).get("preStop")
         if pod.role in ("prefill", "decode"):
-            assert stop == {"httpGet": {"path": "/drain", "port": "http"}}
+            assert pod.container["lifecycle"] == {
+                "preStop": {"httpGet": {"path": "/drain", "port": "http"}}
+            }
             assert grace >= float(pod.flag("--drain-s")) + MARGIN_S
             # A hung engine's drain would last for all of it.
             assert pod.container["livenessProbe"]["terminationGracePeriodSeconds"] < MARGIN_S
         elif pod.role == "router":
-            source = (TOP / "router/__main__.py").read_text(encoding="utf-8")
-            last = re.search(r"timeout_graceful_shutdown=(\d+)", source)
-            assert last
-            assert grace >= int(stop["exec"]["command"][1]) + int(last[1]) + MARGIN_S
+            drain = float(pod.flag("--notice-s")) + float(pod.flag("--drain-s"))
+            assert grace >= drain + MARGIN_S
 
 
 def test_routers_have_seen_a_worker_leave_before_it_is_updated_in_place() -> None:
@@ -513,3 +531,26 @@ def test_grove_is_asked_for_nothing_that_it_refuses() -> None:
             assert not {"topologySpreadConstraints", "nodeName", "restartPolicy"} & set(
                 spec["podSpec"]
             )
+
+
+# ------------------------------------------------------------ the page
+
+
+def test_the_pages_folder_and_patch_build(tmp_path: Path) -> None:
+    page = (TOP / "docs/kubernetes.md").read_text(encoding="utf-8")
+    folder = re.search(r"<<'EOF'\n(.*?)\nEOF", page, re.DOTALL)
+    patches = re.search(r"^```\n(patches:.*?)```", page, re.DOTALL | re.MULTILINE)
+    assert folder
+    assert patches
+    text = folder[1].replace("../deploy/k8s", os.path.relpath(K8S, tmp_path)) + "\n" + patches[1]
+    (tmp_path / "kustomization.yaml").write_text(text, encoding="utf-8")
+    found = pods(build(tmp_path))
+    assert {p.flag("--max-model-len") for p in found} == {"32768"}
+    assert {p.container["image"] for p in found} == {"REGISTRY/tandem:0.1.0-cpu"}
+
+
+def test_every_overlay_and_component_is_on_the_page() -> None:
+    page = (TOP / "docs/kubernetes.md").read_text(encoding="utf-8")
+    names = [p.name for place in ("overlays", "components") for p in (K8S / place).iterdir()]
+    assert len(names) > 10
+    assert [n for n in names if f"`{n}`" not in page] == []
