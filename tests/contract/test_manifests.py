@@ -456,7 +456,8 @@ def test_a_coordinated_policy_bears_its_groups_name_and_reckons_in_percent(
         for rule in policy["spec"]["policies"]:
             assert set(rule["roles"]) <= roles
             # RBG v0.8 fails on a number there.
-            assert re.fullmatch(r"\d+%", rule["strategy"]["scaling"]["maxSkew"])
+            skew = rule["strategy"].get("scaling", {"maxSkew": "0%"})["maxSkew"]
+            assert re.fullmatch(r"\d+%", skew)
     assert len(groups) == len(of_kind(group, "CoordinatedPolicy"))
 
 
@@ -501,6 +502,14 @@ def test_gangs_are_for_the_scheduler_that_knows_them(group: list[Object]) -> Non
         )
         wanted = "scheduler-plugins-scheduler" if gang == "true" else None
         assert {p.spec.get("schedulerName") for p in pods([o])} == {wanted}
+
+
+def test_a_gang_is_not_made_in_batches(group: list[Object]) -> None:
+    """A batch waits until it is scheduled, and a gang is scheduled when all of it is there."""
+    (policies,) = [o["spec"]["policies"] for o in of_kind(group, "CoordinatedPolicy")] or [[]]
+    batches = any("scaling" in rule["strategy"] for rule in policies)
+    gang = any("annotations" in o["metadata"] for o in of_kind(group, "RoleBasedGroup"))
+    assert batches == (bool(policies) and not gang)
 
 
 @pytest.mark.parametrize("other", ["grove", "deployments"])
