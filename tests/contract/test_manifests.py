@@ -282,7 +282,10 @@ def test_the_router_may_ask_what_its_reflector_asks_and_no_more(group: list[Obje
 
 def test_the_controller_may_lead_and_scale_its_roles_and_no_more(tmp_path: Path) -> None:
     group = build(with_components("overlays/gpu", ["sizing"], tmp_path))
-    adapters, lease = ["tandem-prefill", "tandem-decode"], ["tandem-controller"]
+    (name,) = named(group, "RoleBasedGroup")
+    (controller,) = {p.flag("--group") for p in pods(group) if p.role == "controller"}
+    assert controller == name
+    adapters, lease = [f"{name}-prefill", f"{name}-decode"], [f"{name}-controller"]
     scaled = {"get": adapters, "patch": adapters}
     assert rules(group, "tandem-controller") == {
         ("discovery.k8s.io", "endpointslices"): {"list": None, "watch": None},
@@ -455,9 +458,9 @@ def test_a_coordinated_policy_bears_its_groups_name_and_reckons_in_percent(
         roles = {r["name"] for r in groups[policy["metadata"]["name"]]["spec"]["roles"]}
         for rule in policy["spec"]["policies"]:
             assert set(rule["roles"]) <= roles
-            # RBG v0.8 fails on a number there.
-            skew = rule["strategy"].get("scaling", {"maxSkew": "0%"})["maxSkew"]
-            assert re.fullmatch(r"\d+%", skew)
+            # RBG v0.8 fails on a number, or takes it for none.
+            for part in ("scaling", "rollingUpdate"):
+                assert re.fullmatch(r"\d+%", rule["strategy"].get(part, {}).get("maxSkew", "1%"))
     assert len(groups) == len(of_kind(group, "CoordinatedPolicy"))
 
 
