@@ -436,3 +436,12 @@ def test_the_holder_stops_to_believe_before_others_may_write(at: float, duration
     assert terms.answer_s + terms.retry_s < terms.led_s  # A lost answer alone loses no lead.
     assert not State().leads(at)
     assert State().next_at == -inf
+
+
+def test_a_late_answer_is_of_a_lead_that_began_when_it_was_asked_for() -> None:
+    election = an_election()
+    state = after_look(election, lease("a"), 0.0)
+    state, _ = election.step(state, Due(WALL), 0.0)
+    state, _ = election.step(state, lease("a", 6), 9.0)
+    assert state.leads(9.9)
+    assert not state.leads(10.0)
