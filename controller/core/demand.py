@@ -25,15 +25,22 @@ class Observed:
     """Counter: requests that arrived, refused ones too."""
     prompt_tokens: float
     """Counter: their prompt tokens that no cache had, as foretold on arrival."""
+    computed_tokens: float
+    """Counter: prompt tokens that workers computed, of requests that have their first token."""
     output_tokens: float
     """Counter: tokens generated."""
     judged: float
     """Counter: requests that ended, refused ones too, of which it is known whether they met the
     objectives."""
+    first_in_time: float
+    """Counter: of `judged`, those whose first token came within its objective."""
     met: float
-    """Counter: those that did."""
+    """Counter: those that met both: in time at first, and no slower than they should after."""
     queued_tokens: float
     """Uncached prompt tokens that wait in routers and workers."""
+    prefill_tokens_per_s: float
+    """What one prefill worker computes while it is busy: the mean of what routers have learnt from
+    workers' steps (`router.core.rates`). 0: not known, and what is known lasts."""
     running: float
     """Requests that are being decoded."""
     kv_share: float
