@@ -134,6 +134,11 @@ class RouterSettings(BaseSettings):
     ttft_objective_s: float | None = Field(
         None, gt=0, description="what can't have its first token by then is refused"
     )
+    itl_objective_s: float | None = Field(
+        None,
+        gt=0,
+        description="mean time between a stream's tokens: counted, and what sizing holds",
+    )
     tenant_tokens_per_s: float | None = Field(
         None, gt=0, description="most prompt and output tokens of one tenant"
     )

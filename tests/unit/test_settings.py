@@ -62,6 +62,7 @@ ROUTER: dict[str, tuple[str, Any]] = {
     "queue_s": ("20", 20.0),
     "prefill_queue_s": ("1.5", 1.5),
     "ttft_objective_s": ("2", 2.0),
+    "itl_objective_s": ("0.05", 0.05),
     "tenant_tokens_per_s": ("1000", 1000.0),
     "tenant_burst_s": ("3", 3.0),
     "tenant_shares": ("a=2,b=0.5,", {"a": 2.0, "b": 0.5}),
