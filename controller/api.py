@@ -11,6 +11,8 @@ import httpx
 import msgspec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from controller.access import Access
 
 ANSWER_BYTES_MAX: Final = 1 << 20
@@ -22,6 +24,8 @@ class Lost(StrEnum):
     UNREACHABLE = "unreachable"
     SILENT = "silent"
     BROKEN_OFF = "broken_off"
+    NOT_SENT = "not_sent"
+    """Whoever asks wants it no more: this one was not carried out."""
 
 
 class NoAnswer(Exception):
@@ -48,15 +52,31 @@ async def ask(
     content: tuple[str, Any] | None = None,
     *,
     within_s: float,
+    still: Callable[[], bool] = lambda: True,
 ) -> Answer:
-    """`content` is its type and what JSON is made of. Raises `NoAnswer`."""
+    """`content` is its type and what JSON is made of. Raises `NoAnswer`.
+
+    `still` is asked once the connection stands, just before anything is sent: a process may have
+    been stopped for long on the way there.
+    """
+
+    async def before_sending(event: str, _: Any) -> None:
+        if event.endswith("send_request_headers.started") and not still():
+            raise NoAnswer(Lost.NOT_SENT, "it was too late to send it")
+
     body = msgspec.json.encode(content[1]) if content else None
     headers = {"Content-Type": content[0]} if content else {}
     try:
         async with asyncio.timeout(within_s):
             async with (
                 access.client() as client,
-                client.stream(method, path, content=body, headers=headers) as response,
+                client.stream(
+                    method,
+                    path,
+                    content=body,
+                    headers=headers,
+                    extensions={"trace": before_sending},
+                ) as response,
             ):
                 said = await beginning(response, ANSWER_BYTES_MAX)
                 return Answer(response.status_code, said, retry_after_s(response))

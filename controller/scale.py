@@ -13,6 +13,8 @@ import msgspec
 from controller.api import Lost, NoAnswer, ask
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from controller.access import Access
     from controller.api import Answer
 
@@ -45,6 +47,7 @@ _BY_LOSS: Final = {
     Lost.UNREACHABLE: Failure.UNREACHABLE,
     Lost.SILENT: Failure.SILENT,
     Lost.BROKEN_OFF: Failure.BROKEN_OFF,
+    Lost.NOT_SENT: Failure.NO_LEADER,
 }
 _BY_STATUS: Final = {
     401: Failure.UNAUTHORIZED,
@@ -86,31 +89,35 @@ class Scales:
 
     async def read(self, role: str) -> Scale:
         """Raises `ScaleFailed`."""
-        return await self._ask(role, None, inf)
+        return await self._ask(role, None, lambda: inf)
 
-    async def write(self, role: str, replicas: int, until: float = inf) -> Scale:
-        """Ask for so many, by `until` on the loop's clock or not at all. Raises `ScaleFailed`."""
-        return await self._ask(role, replicas, until)
+    async def write(
+        self, role: str, replicas: int, left_s: Callable[[], float] = lambda: inf
+    ) -> Scale:
+        """Ask for so many, while `left_s` says that some time is left. Raises `ScaleFailed`."""
+        return await self._ask(role, replicas, left_s)
 
-    async def _ask(self, role: str, replicas: int | None, until: float) -> Scale:
+    async def _ask(self, role: str, replicas: int | None, left_s: Callable[[], float]) -> Scale:
         loop = asyncio.get_running_loop()
         async with self._one_at_a_time:
             await asyncio.sleep(max(0.0, self._next_at - loop.time()))
             now = loop.time()
             if now < self._not_before:
-                left_s = self._not_before - now
-                reason = f"the API server wants to be left alone for {left_s:.0f} s more"
+                more_s = self._not_before - now
+                reason = f"the API server wants to be left alone for {more_s:.0f} s more"
                 raise ScaleFailed(role, Failure.THROTTLED, reason)
-            if now >= until:
+            if left_s() <= 0:
                 raise ScaleFailed(role, Failure.NO_LEADER, "the lead ended before it was sent")
             self._next_at = now + self._gap_s
-            answer = await self._exchange(role, replicas, min(ANSWER_S, until - now))
+            answer = await self._exchange(role, replicas, left_s)
             if answer.retry_after_s is not None:
                 wait_s = min(answer.retry_after_s, RETRY_AFTER_S_MAX)
                 self._not_before = loop.time() + wait_s
         return _read(role, answer)
 
-    async def _exchange(self, role: str, replicas: int | None, within_s: float) -> Answer:
+    async def _exchange(
+        self, role: str, replicas: int | None, left_s: Callable[[], float]
+    ) -> Answer:
         path = (
             f"/apis/workloads.x-k8s.io/v1alpha2/namespaces/{self._access.namespace}"
             f"/rolebasedgroupscalingadapters/{self._group}-{role}/scale"
@@ -118,7 +125,10 @@ class Scales:
         change = None if replicas is None else (MERGE_PATCH, {"spec": {"replicas": replicas}})
         method = "PATCH" if change else "GET"
         try:
-            return await ask(self._access, method, path, change, within_s=within_s)
+            return await ask(
+                self._access, method, path, change,
+                within_s=min(ANSWER_S, left_s()), still=lambda: left_s() > 0,
+            )  # fmt: skip
         except NoAnswer as error:
             raise ScaleFailed(role, _BY_LOSS[error.kind], str(error)) from error
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tests.apiserver.store import (
@@ -31,6 +31,14 @@ _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete
 _PHRASES = {200: "OK", 201: "Created"}
 
 
+class Written(NamedTuple):
+    method: str
+    path: str
+    body: Object | None
+    token: str
+    """Of whoever sent it."""
+
+
 class ApiServer:
     """As an asynchronous context manager it listens inside."""
 
@@ -39,8 +47,8 @@ class ApiServer:
         self.url = ""
         self.asked: list[tuple[float, str, dict[str, str]]] = []
         """Time on the loop's clock, path and query of every request."""
-        self.written: list[tuple[str, str, Object | None]] = []
-        """Method, path and body of every request that is no GET, carried out or not."""
+        self.written: list[Written] = []
+        """Every request that is no GET, carried out or not."""
         self.forbidden: set[tuple[str, str]] = set()
         """Verb and resource, as in a Role's rules, that nobody has a right to."""
         self.refusal: tuple[Refusal, dict[str, str]] | None = None
@@ -141,7 +149,7 @@ class ApiServer:
             self._admit(headers)
             body = json.loads(content) if content else None
             if method != "GET":
-                self.written.append((method, address.path, body))
+                self.written.append(Written(method, address.path, body, _token(headers)))
             if method == "PATCH" and headers.get("content-type") != MERGE_PATCH:
                 raise Refusal(415, "UnsupportedMediaType", "the body of the request was unknown")
             answer = self._answer(method, unquote(address.path), query, body)
@@ -159,8 +167,7 @@ class ApiServer:
     def _admit(self, headers: dict[str, str]) -> None:
         if self.refusal:
             raise self.refusal[0]
-        token = headers.get("authorization", "").removeprefix("Bearer ")
-        if self.tokens is not None and token not in self.tokens:
+        if self.tokens is not None and _token(headers) not in self.tokens:
             raise Refusal(401, "Unauthorized", "Unauthorized")
 
     def _answer(
@@ -292,6 +299,10 @@ class _Expired(Watcher):
     def lines(self) -> list[bytes]:
         said, self._said = self._said, []
         return said
+
+
+def _token(headers: dict[str, str]) -> str:
+    return headers.get("authorization", "").removeprefix("Bearer ")
 
 
 def _write(

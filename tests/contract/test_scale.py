@@ -38,7 +38,7 @@ def test_a_scale_is_read_and_written_as_recorded() -> None:
         assert await scales.read("prefill") == Scale(2, 2)
         assert await scales.write("prefill", 3) == Scale(3, 2)
         wanted = recorded("scale-patch.json")["request"]
-        assert server.written == [(wanted["method"], wanted["path"], wanted["body"])]
+        assert server.written == [(wanted["method"], wanted["path"], wanted["body"], "")]
 
     asyncio.run(with_scales(play))
 
@@ -66,9 +66,8 @@ def test_every_failure_has_its_name() -> None:
             assert await fails(scales.write("prefill", 3)) is failure
         server.refusal, server.tokens = None, None
         server.hangs = True
-        until = asyncio.get_running_loop().time() + 0.1
-        assert await fails(scales.write("prefill", 3, until)) is Failure.SILENT
-        assert await fails(scales.write("prefill", 3, until)) is Failure.NO_LEADER
+        assert await fails(scales.write("prefill", 3, lambda: 0.1)) is Failure.SILENT
+        assert await fails(scales.write("prefill", 3, lambda: 0.0)) is Failure.NO_LEADER
         await server.stop()
         assert await fails(scales.read("prefill")) is Failure.UNREACHABLE
 
@@ -110,5 +109,15 @@ def test_a_rotated_token_is_read_again(tmp_path: Path) -> None:
         assert await scales.read("prefill") == Scale(2, 2)
         token.unlink()
         assert await fails(scales.read("prefill")) is Failure.UNREACHABLE
+
+    asyncio.run(with_scales(play))
+
+
+def test_a_lead_that_ends_while_the_connection_is_made_sends_nothing() -> None:
+    async def play(server: ApiServer, scales: Scales) -> None:
+        left = iter([5.0, 5.0, 0.0])
+        assert await fails(scales.write("prefill", 3, lambda: next(left))) is Failure.NO_LEADER
+        assert server.written == []
+        assert await scales.read("prefill") == Scale(2, 2)
 
     asyncio.run(with_scales(play))
