@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from controller.settings import ControllerSettings
 from router.ask import Reserve
 from router.core.placement import Disaggregate
 from router.settings import Discover, RouterSettings
@@ -80,17 +81,64 @@ ROUTER: dict[str, tuple[str, Any]] = {
     "discover_file": ("f", Path("f")),
     "discover_debounce_s": ("0.5", 0.5),
 }
+CONTROLLER: dict[str, tuple[str, Any]] = {
+    "group": ("tandem", "tandem"),
+    "namespace": ("inference", "inference"),
+    "metrics_ports": ("router=1,p=2,decode=3", {"router": 1, "p": 2, "decode": 3}),
+    "dry_run": ("true", True),
+    "router_role": ("router", "router"),
+    "prefill_role": ("p", "p"),
+    "decode_role": ("decode", "decode"),
+    "prefill_min": ("2", 2),
+    "prefill_max": ("9", 9),
+    "decode_min": ("1", 1),
+    "decode_max": ("1", 1),
+    "ttft_objective_s": ("1.5", 1.5),
+    "itl_objective_s": ("0.05", 0.05),
+    "attainment": ("0.9", 0.9),
+    "look_s": ("5", 5.0),
+    "startup_s": ("120", 120.0),
+    "up_cooldown_s": ("10", 10.0),
+    "down_cooldown_s": ("20", 20.0),
+    "down_window_s": ("30", 30.0),
+    "lease_name": ("l", "l"),
+    "lease_s": ("30", 30),
+    "identity": ("i", "i"),
+    "http_host": ("0.0.0.0", "0.0.0.0"),
+    "http_port": ("0", 0),
+    "address_file": ("/address.json", Path("/address.json")),
+    "discover_selector": ("a=b,c", "a=b,c"),
+    "discover_role_label": ("app", "app"),
+    "discover_leaders": ("decode,prefill", ("decode", "prefill")),
+    "discover_api": ("https://10.0.0.1:6443", "https://10.0.0.1:6443"),
+    "discover_token_file": ("t", Path("t")),
+    "discover_ca_file": ("c", Path("c")),
+    "discover_debounce_s": ("0.5", 0.5),
+}
 KINDS: list[tuple[type[BaseSettings], dict[str, tuple[str, Any]]]] = [
     (WorkerSettings, WORKER),
     (RouterSettings, ROUTER),
+    (ControllerSettings, CONTROLLER),
 ]
-NEEDED = {WorkerSettings: ("role", "model"), RouterSettings: ("model",)}
-ENOUGH = {WorkerSettings: ("role", "model"), RouterSettings: ("model", "workers")}
+NEEDED = {
+    WorkerSettings: ("role", "model"),
+    RouterSettings: ("model",),
+    ControllerSettings: ("group", "metrics_ports"),
+}
+ENOUGH = {
+    WorkerSettings: ("role", "model"),
+    RouterSettings: ("model", "workers"),
+    ControllerSettings: ("group", "metrics_ports", "prefill_role"),
+}
 
 
 @pytest.fixture(autouse=True)
 def _no_variables_of_ours() -> Iterator[None]:
-    others = {k: v for k, v in os.environ.items() if not k.startswith(("WORKER_", "ROUTER_"))}
+    others = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("WORKER_", "ROUTER_", "CONTROLLER_"))
+    }
     with mock.patch.dict(os.environ, others, clear=True):
         yield
 
