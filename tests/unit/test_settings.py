@@ -203,10 +203,17 @@ def test_a_flag_wins_over_its_variable_and_the_last_flag_over_the_first(
     samples: dict[str, tuple[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(variable(kind.model_config["env_prefix"], "port"), "1")
-    assert read(kind, *needed(kind, samples)).port == 1
-    assert read(kind, *needed(kind, samples), "--port", "2").port == 2
-    assert read(kind, *needed(kind, samples), "--port=2", "--port=3").port == 3
+    name = "port" if "port" in kind.model_fields else "http_port"
+    port = flag(name)
+
+    def given(*argv: str) -> int:
+        found: int = getattr(read(kind, *needed(kind, samples), *argv), name)
+        return found
+
+    monkeypatch.setenv(variable(kind.model_config["env_prefix"], name), "1")
+    assert given() == 1
+    assert given(port, "2") == 2
+    assert given(f"{port}=2", f"{port}=3") == 3
 
 
 @pytest.mark.parametrize("bad", ["-1", "65536", "x", "1.5", "", "tcp://10.0.0.1:80"])
@@ -338,10 +345,12 @@ def test_a_variable_that_nothing_reads_stops_it_and_the_nearest_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prefix = kind.model_config["env_prefix"]
-    monkeypatch.setenv(f"{prefix}MODLE", "m")
+    name = NEEDED[kind][-1].upper()
+    typo = name[:-2] + name[:-3:-1]
+    monkeypatch.setenv(f"{prefix}{typo}", "m")
     told = stops(capsys, kind, *needed(kind, samples))
-    assert f"{prefix}MODLE is set" in told
-    assert f"did you mean {prefix}MODEL?" in told
+    assert f"{prefix}{typo} is set" in told
+    assert f"did you mean {prefix}{name}?" in told
 
 
 def test_a_variable_of_another_process_or_of_none_is_nobodys_business(
@@ -361,7 +370,7 @@ def test_what_kubernetes_sets_for_a_service_is_told_as_that(
     assert "enableServiceLinks: false" in told
 
 
-@pytest.mark.parametrize(("kind", "samples"), KINDS)
+@pytest.mark.parametrize(("kind", "samples"), KINDS[:2])
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_key_file_without_the_other_stops_it(
     kind: type[BaseSettings],
@@ -424,3 +433,29 @@ def test_a_process_with_a_mistyped_variable_ends_at_once_with_one_line(process: 
     assert ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1
     assert ended.stderr.startswith(f"tandem {process}: {name} is set")
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [
+        (["--prefill-min=3", "--prefill-max=2"], "--prefill-min 3 is more than --prefill-max 2"),
+        (["--decode-min=9"], "--decode-min 9 is more than --decode-max 8"),
+        (["--decode-role=prefill"], "must differ"),
+        (["--router-role=front"], "--metrics-ports lacks front"),
+        (["--decode-min=0"], "greater than or equal to 1"),
+        (["--lease-s=1.5"], "--lease-s '1.5'"),
+    ],
+)
+def test_what_a_controller_can_t_work_with_stops_it(
+    flags: list[str], wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ports = "--metrics-ports=router=1,prefill=2,decode=3"
+    assert wrong in stops(capsys, ControllerSettings, "--group=g", ports, *flags)
+
+
+def test_a_flag_that_is_yes_or_no_may_stand_alone() -> None:
+    given = ["--group=g", "--metrics-ports=router=1,prefill=2,decode=3"]
+    assert read(ControllerSettings, *given, "--dry-run").dry_run is True
+    assert read(ControllerSettings, "--dry-run", *given).dry_run is True
+    assert read(ControllerSettings, *given, "--dry-run=false").dry_run is False
+    assert read(ControllerSettings, *given).dry_run is False
