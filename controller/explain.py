@@ -46,7 +46,10 @@ def ask(args: argparse.Namespace) -> dict[str, Any]:
 def lines(content: dict[str, Any], *, facts: bool) -> Iterator[str]:
     """A table, the latest last."""
     holder = content["holder"] or "nobody"
-    yield "it leads" if content["leads"] else f"it does not lead; the Lease is {holder}'s"
+    if content["dry_run"]:
+        yield "a dry run: it scales nothing"
+    else:
+        yield "it leads" if content["leads"] else f"it does not lead; the Lease is {holder}'s"
     rows = [("at", "what", "prefill", "decode", "why")]
     details: list[list[str]] = [[]]
     for decision in content["decisions"]:

@@ -82,6 +82,7 @@ class HttpSide:
             return PlainTextResponse("n and since_s are numbers", 400)
         now = asyncio.get_running_loop().time()
         content = {
+            "dry_run": self._loop.dry_run,
             "leads": self._leadership.leads,
             "holder": self._leadership.holder,
             "decisions": self._loop.records.since(now - since_s, max(0, most)),

@@ -21,7 +21,8 @@ HELD = KEPT | {
 
 
 def test_decisions_are_a_table() -> None:
-    content = {"leads": True, "holder": "a_1", "decisions": [KEPT, SCALED, HELD]}
+    decisions = [KEPT, SCALED, HELD]
+    content = {"dry_run": False, "leads": True, "holder": "a_1", "decisions": decisions}
     assert list(explain.lines(content, facts=False)) == [
         "it leads",
         "at                    what    prefill  decode  why",
@@ -32,9 +33,11 @@ def test_decisions_are_a_table() -> None:
 
 
 def test_facts_are_told_on_request() -> None:
-    content = {"leads": False, "holder": "", "decisions": [KEPT]}
+    content = {"dry_run": False, "leads": False, "holder": "", "decisions": [KEPT]}
     told = list(explain.lines(content, facts=True))
     assert told[0] == "it does not lead; the Lease is nobody's"
+    told = list(explain.lines(content | {"dry_run": True}, facts=True))
+    assert told[0] == "a dry run: it scales nothing"
     assert told[-1] == "    forecast_per_s = 3.25"
 
 
