@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from controller.leader import clock
-from controller.observe import LOOK_S
+from controller.observe import Bounds
 from controller.records import RECORDS_MAX
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class HttpSide:
     async def _livez(self, _: Request) -> Response:
         """Both loops move, whatever comes of it: an API server that is away is no reason to die."""
         now, terms = asyncio.get_running_loop().time(), self._leadership.terms
-        limit_s = 3 * self._loop.look_s + 2 * LOOK_S
+        limit_s = 3 * self._loop.look_s + 2 * Bounds().look_s
         looked_s = min(now - self._loop.ended_at, clock() - self._began_at)
         if looked_s > limit_s:
             return _probe(f"no look ended for {looked_s:.0f} s")

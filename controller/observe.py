@@ -27,19 +27,26 @@ if TYPE_CHECKING:
     from controller.core.sums import Samples
     from controller.scale import Scales
 
-AT_ONCE: Final = 32
-"""Scrapes under way at a time."""
-SCRAPE_S: Final = 3.0
-TRIES: Final = 2
-BYTES_MAX: Final = 4 << 20
-LOOK_S: Final = 10.0
-"""What is not known by then is missing."""
 POLL_S: Final = 0.1
 PEERS_AGE_S_MAX: Final = 180.0
 """What is known of peers may be so old: up to 60 s are normal at rest."""
 _NAME: Final = re.compile(r"[{ ]")
 TOLD_MAX: Final = 3
 """Processes that a look names as missing; the others it counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of one look."""
+
+    at_once: int = 32
+    """Scrapes under way at a time."""
+    scrape_s: float = 3.0
+    tries: int = 2
+    bytes_max: int = 4 << 20
+    """Of one process's metrics."""
+    look_s: float = 10.0
+    """What is not known by then is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +73,8 @@ Found = tuple["Peer", Kind, "Samples | str"]
 class Observer:
     """Follows who is there, and looks when it is asked to."""
 
-    def __init__(self, roles: RoleNames, scales: Scales) -> None:
+    def __init__(self, roles: RoleNames, scales: Scales, bounds: Bounds | None = None) -> None:
+        self.bounds = bounds or Bounds()
         self.scrapes_failed: Counter[str] = Counter()
         """By role."""
         self.scales_failed: Counter[str] = Counter()
@@ -77,7 +85,7 @@ class Observer:
         self._scales = scales
         self._peers: dict[str, tuple[Peer, Kind]] = {}
         self._sums = Sums()
-        self._at_once = asyncio.Semaphore(AT_ONCE)
+        self._at_once = asyncio.Semaphore(self.bounds.at_once)
 
     def on_change(self, change: Change) -> None:
         """Told by discovery."""
@@ -91,7 +99,7 @@ class Observer:
     async def look(self) -> Look:
         """Raises nothing that the group or the API server could bring about."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + LOOK_S
+        until = loop.time() + self.bounds.look_s
         await self._first_news(until)
         age_s = self.age_s(loop.time())
         if age_s is None or age_s > PEERS_AGE_S_MAX:
@@ -138,19 +146,23 @@ class Observer:
         """Whoever serves, and whoever leaves and still counts."""
         peers = [known for known in self._peers.values() if known[1] is not Kind.JOINED]
         # New connections: what is idle between two looks servers close, some of them just then.
-        limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=0)
+        limits = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(timeout=None, trust_env=False, limits=limits) as client:
             said = await asyncio.gather(*(self._scrape(client, peer, until) for peer, _ in peers))
         return [(peer, kind, samples) for (peer, kind), samples in zip(peers, said, strict=True)]
 
     async def _scrape(self, client: httpx.AsyncClient, peer: Peer, until: float) -> Samples | str:
-        roles, reason = self._roles, "there was no time"
+        bounds, roles, reason = self.bounds, self._roles, "there was no time"
         needed = OF_ROUTERS if peer.role == roles.router else OF_WORKERS
         url = f"http://{urlsplit(peer.address).netloc}/metrics"
-        for _ in range(TRIES):
+        for _ in range(bounds.tries):
             try:
-                async with asyncio.timeout_at(until), self._at_once, asyncio.timeout(SCRAPE_S):
-                    samples = read_samples(await _get(client, url))
+                async with (
+                    asyncio.timeout_at(until),
+                    self._at_once,
+                    asyncio.timeout(bounds.scrape_s),
+                ):
+                    samples = read_samples(await _get(client, url, bounds.bytes_max))
             except TimeoutError:
                 reason = "no answer in time"
             except (httpx.HTTPError, ValueError) as error:
@@ -179,14 +191,14 @@ class Observer:
         return Size(*sizes)
 
 
-async def _get(client: httpx.AsyncClient, url: str) -> str:
+async def _get(client: httpx.AsyncClient, url: str, bytes_max: int) -> str:
     """Raises ValueError for an answer that is none, and httpx.HTTPError."""
     async with client.stream("GET", url) as response:
         if response.status_code != 200:
             raise ValueError(f"HTTP {response.status_code}")
-        body = await beginning(response, BYTES_MAX + 1)
-        if len(body) > BYTES_MAX:
-            raise ValueError(f"more than {BYTES_MAX} bytes")
+        body = await beginning(response, bytes_max + 1)
+        if len(body) > bytes_max:
+            raise ValueError(f"more than {bytes_max} bytes")
         return body.decode()
 
 
