@@ -7,6 +7,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 from controller.core.lease import Terms
 from tests.apiserver.store import Refusal
 from tests.contract.controller_rig import LEASE_S, TOP, WAIT_S, Controller, Rig, rig
@@ -14,6 +16,8 @@ from tests.contract.controller_rig import LEASE_S, TOP, WAIT_S, Controller, Rig,
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
+
+    from tests.apiserver.server import ApiServer
 
 BUSY = 200.0
 """Requests a second: far more than a worker of each role can do."""
@@ -165,16 +169,28 @@ def test_while_a_router_can_t_be_read_nothing_is_decided(tmp_path: Path) -> None
     play(tmp_path, story)
 
 
-def test_while_the_api_server_is_away_nobody_leads_and_nobody_dies(tmp_path: Path) -> None:
+OUTAGES: dict[str, Callable[[ApiServer], object]] = {
+    "500": lambda s: setattr(s, "refusal", (Refusal(500, "InternalError", "oh"), {})),
+    "hangs": lambda s: setattr(s, "hangs", True),
+    "no rights": lambda s: s.forbidden.update({("update", "leases"), ("get", "leases")}),
+}
+
+
+@pytest.mark.parametrize("how", OUTAGES)
+def test_while_the_api_server_fails_nobody_leads_and_nobody_dies(how: str, tmp_path: Path) -> None:
     async def story(here: Rig) -> None:
         controller = await here.start("a")
         await here.until(lambda: here.holder == "a")
-        here.server.refusal = Refusal(500, "InternalError", "oh"), {}
+        OUTAGES[how](here.server)
         await here.until(lambda: len(controller.told("leads no more")) == 1)
         assert (await controller.get("/livez")).status_code == 200
-        here.server.refusal = None
-        await here.until(lambda: len(controller.told("leads")) == 2)
+        written = len(here.scaled_by)
         here.requests_per_s = BUSY
+        await asyncio.sleep(1.0)
+        assert len(here.scaled_by) == written
+        here.server.refusal, here.server.hangs = None, False
+        here.server.forbidden.clear()
+        await here.until(lambda: len(controller.told("leads")) == 2)
         await here.until(lambda: here.wanted("decode") > 1)
 
     play(tmp_path, story)
