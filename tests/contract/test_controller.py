@@ -70,10 +70,10 @@ def test_one_that_slept_past_its_lease_does_not_scale_when_it_wakes(tmp_path: Pa
     async def story(here: Rig) -> None:
         leader, other = await pair(here)
         here.requests_per_s = BUSY
-        for nap in range(3):
+        for nap in range(2):
             # It has something to scale at every look, so it is stopped in the middle of things.
             await self_scaling(here, leader.name)
-            await asyncio.sleep(0.07 * nap)
+            await asyncio.sleep(0.1 * nap)
             leader.send(signal.SIGSTOP)
             await here.until(lambda name=other.name: here.holder == name)
             await self_scaling(here, other.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from controller import explain
+from controller.__main__ import main
 from controller.records import RECORDS_MAX, Kind, Record, Records
 
 KEPT = {
@@ -62,3 +63,20 @@ def test_records_are_kept_for_a_while_and_counted_for_ever() -> None:
     assert [r.at_s for r in records.since(-1.0, 2)] == [RECORDS_MAX + 3.0, RECORDS_MAX + 4.0]
     assert records.since(RECORDS_MAX + 4.0, 10) == [records.last]
     assert records.since(0.0, 0) == []
+
+
+def test_a_flag_that_is_none_of_its_own_stops_a_controller(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["--group=g", "--metrics-ports=router=1,prefill=2,decode=3"]
+    for command in ([], ["run"]):
+        assert main([*command, *given, "--modle=x"]) == 2
+        assert capsys.readouterr().err == "tandem controller: unknown argument '--modle=x'\n"
+
+
+def test_a_controller_that_is_not_there_explains_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for url in ("http://127.0.0.1:1", "nonsense"):
+        assert main(["explain", "--url", url]) == 1
+        assert capsys.readouterr().err.startswith(f"tandem controller explain: {url}: ")
