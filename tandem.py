@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 _COMMANDS = {
     "router": ("router.__main__", "the OpenAI endpoint in front of the workers"),
     "worker": ("workers.__main__", "one engine: prefill, decode, or both"),
+    "controller": ("controller.__main__", "sizes the group on Kubernetes, and explains itself"),
     "twin": ("router.twin.__main__", "the same router over simulated workers, on virtual time"),
     "calibrate": ("router.twin.calibrate", "measure real workers for the twin"),
     "up": ("deploy.local.up", "router, prefill and decode on this machine"),

@@ -1,1 +1,1 @@
-"""Kubernetes: who the peers are."""
+"""Kubernetes: who the peers are, and how many there should be."""

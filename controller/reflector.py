@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import httpx
 
+from controller.api import beginning, retry_after_s
 from controller.core.peers import sightings
 from controller.core.session import Failure, Session
 from controller.core.slices import merge
@@ -97,8 +98,8 @@ class Reflector:
             client.stream("GET", self._path, params=query) as response,
         ):
             if response.status_code != 200:
-                body = await _beginning(response)
-                session.refused(response.status_code, body, _retry_after_s(response), now())
+                body = await beginning(response, _REFUSAL_MAX)
+                session.refused(response.status_code, body, retry_after_s(response), now())
                 return
             session.opened(now())
             patience.reschedule(session.give_up_at)
@@ -131,18 +132,3 @@ class Reflector:
             else:
                 log.info("the API server answers again")
         self._told = kind
-
-
-async def _beginning(response: httpx.Response) -> bytes:
-    body = b""
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > _REFUSAL_MAX:
-            break
-    return body[:_REFUSAL_MAX]
-
-
-def _retry_after_s(response: httpx.Response) -> float | None:
-    # As a date it would need a clock that agrees with the server's: then it is as if not given.
-    given = response.headers.get("Retry-After", "")
-    return float(given) if given.isdigit() else None

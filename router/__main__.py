@@ -28,7 +28,7 @@ from router.discover import follow, make_source
 from router.dispatch import Dispatch
 from router.journal import Journal
 from router.link import Curve, Links
-from router.metrics import CacheMetrics, Metrics, QueueMetrics
+from router.metrics import CacheMetrics, DemandMetrics, Metrics, QueueMetrics
 from router.settings import RouterSettings
 from workers.addresses import write_addresses
 from workers.digests import model_digest, tokenizer_digest
@@ -114,6 +114,7 @@ def _limits(settings: RouterSettings) -> Limits:
         queue_s=settings.queue_s,
         prefill_s=settings.prefill_queue_s,
         ttft_s=settings.ttft_objective_s or inf,
+        itl_s=settings.itl_objective_s or inf,
         tenant_tokens_per_s=settings.tenant_tokens_per_s or inf,
         tenant_burst_s=settings.tenant_burst_s,
         shares=settings.tenant_shares or {},
@@ -151,6 +152,7 @@ async def _serve(
     )
     CacheMetrics(dispatch.caches)
     QueueMetrics(dispatch)
+    DemandMetrics(dispatch)
     engine.attach(dispatch)
     links = Links(settings.workers or (), facts, dispatch, ways.curve)
     app = await build_front(engine, links, dispatch, front)

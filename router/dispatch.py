@@ -86,13 +86,18 @@ class Dispatch:
 
     # ------------------------------------------------------------ from the front
 
-    def check(self, tenant: str = "") -> None:
-        """Raise what `submit` would raise whatever is asked, before any work."""
+    def trouble(self, tenant: str = "") -> RouterError | None:
+        """Why `submit` would refuse whatever is asked, before any work."""
         if len(self._live) >= REQUESTS_MAX:
-            raise Overloaded(live=len(self._live))
+            return Overloaded(live=len(self._live))
         if not any(w.generates for w in self.fleet):
-            raise NoWorkers("decode", known=len(self.fleet))
-        self.door.check(tenant, self._clock())
+            return NoWorkers("decode", known=len(self.fleet))
+        return self.door.trouble(tenant, self._clock())
+
+    def check(self, tenant: str = "") -> None:
+        """Raise it: whoever is told so has asked, and is refused."""
+        if error := self.trouble(tenant):
+            raise self.door.turned_away(error)
 
     def submit(self, ask: Ask) -> None:
         """Start a request, or queue it. Raises a RouterError; then nothing has been started."""
@@ -100,20 +105,12 @@ class Dispatch:
         now = self._clock()
         live = Live(ask, life.Waiting(), progress_at=now)
         prompt, crowded = self._prompt(live, now), bool(self.door.queue)
-        if not crowded and self.door.has_objective(ask):
-            self._check_objective(ask, prompt)
+        if not crowded:
+            self.door.check_objective(ask, prompt, self._policy)
         live.entry = self.door.enter(ask, prompt, now)
         self._live[ask.request_id] = live
         self.journal.start(ask.request_id, ask.name, len(ask.prompt_token_ids), now)
         self._pump(now, only_if_due=crowded)
-
-    def _check_objective(self, ask: Ask, prompt: Prompt) -> None:
-        try:
-            placement = self._policy.place(prompt, list(self.fleet))
-        except NoCapacity:
-            return  # How long it will wait, the queue will tell.
-        if late := self.door.late(ask, placement, waited_s=0.0):
-            raise self.door.counted(late)
 
     def is_on(self, worker_id: str) -> bool:
         """Some live request computes, decodes or has its KV there."""
@@ -267,6 +264,8 @@ class Dispatch:
             self._judge(live, worker_id, delta)
             cached_tokens = nobody_computed(live.cached_tokens, delta)
             delta = msgspec.structs.replace(delta, cached_tokens=cached_tokens)
+            if not live.output_tokens:  # A relayed token's worker and the decoding one both tell.
+                self.door.demand.computed_tokens += len(live.ask.prompt_token_ids) - cached_tokens
             self.journal.pulled(request_id, delta)
         if live.prompt_extras is not None:
             step.prompt_extras[request_id] = live.prompt_extras
@@ -395,4 +394,4 @@ class Dispatch:
             self.door.queue.remove(live.ask.request_id, now)
             if outcome is life.Outcome.FINISHED:
                 self.accounts.finished(live.output_tokens)
-            self.journal.end(live.ask.request_id, outcome, now)
+            self.door.judge(live.ask, self.journal.end(live.ask.request_id, outcome, now))

@@ -17,13 +17,15 @@ from router.core.errors import (
     WaitedTooLong,
 )
 from router.core.limits import Buckets, Limits
+from router.demand import Demand
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from router.ask import Ask
     from router.core.fleet import Fleet, WorkerView
-    from router.core.placement import Placement, Prompt
+    from router.core.placement import Placement, Policy, Prompt
+    from router.journal import Record
 
 
 PUMP_S: Final = 0.005
@@ -46,31 +48,45 @@ class Door:
         self.queue = Queue(self.limits.shares)
         self.refused: Counter[str] = Counter()
         """By error code, since the start."""
+        self.demand = Demand()
         self._buckets = Buckets(self.limits)
 
     # ------------------------------------------------------------ in
 
-    def check(self, tenant: str, now: float) -> None:
-        """Raise `QueueFull` or `TenantOverRate`."""
+    def trouble(self, tenant: str, now: float) -> RouterError | None:
+        """Why nobody, or nobody of this tenant, is let in now."""
         if len(self.queue) >= self.limits.queue_max:
-            retry_s = self.queue.wait_s(0, now)
-            raise self.counted(QueueFull(waiting=len(self.queue), retry_s=retry_s))
+            return QueueFull(waiting=len(self.queue), retry_s=self.queue.wait_s(0, now))
         if wait_s := self._buckets.wait_s(tenant, now):
-            raise self.counted(TenantOverRate(retry_s=wait_s))
+            return TenantOverRate(retry_s=wait_s)
+        return None
+
+    def check_objective(self, ask: Ask, prompt: Prompt, policy: Policy) -> None:
+        """Raise `ObjectiveOutOfReach` where placed at once it would still be late."""
+        if self._objective_s(ask) == inf:
+            return
+        try:
+            placement = policy.place(prompt, list(self._fleet))
+        except NoCapacity:
+            return  # How long it will wait, the queue will tell.
+        if late := self.late(ask, placement, waited_s=0.0):
+            raise self.turned_away(late, _uncached(prompt))
 
     def enter(self, ask: Ask, prompt: Prompt, now: float) -> Entry:
-        """Queue it. Raises what `check` does, and `ObjectiveOutOfReach`, and charges nothing."""
-        self.check(ask.tenant, now)
+        """Queue it. Raises `trouble`, and `ObjectiveOutOfReach`, and charges nothing."""
+        if error := self.trouble(ask.tenant, now):
+            raise self.turned_away(error)
+        uncached = _uncached(prompt)
         expected_s, objective_s = self.queue.wait_s(ask.priority, now), self._objective_s(ask)
         if expected_s > objective_s:
             late = ObjectiveOutOfReach(expected_s=expected_s, objective_s=objective_s)
-            raise self.counted(late)
-        uncached = prompt.tokens - max(prompt.cached_tokens.values(), default=0)
+            raise self.turned_away(late, uncached)
         expires_at = now + self.limits.queue_s
         entry = Entry(
             min(expires_at, now + objective_s), now, ask.request_id, ask.tenant, ask.priority,
-            tokens=max(1, uncached) + prompt.output_tokens, expires_at=expires_at,
+            tokens=uncached + prompt.output_tokens, uncached=uncached, expires_at=expires_at,
         )  # fmt: skip
+        self.demand.arrived(uncached)
         self._buckets.charge(ask.tenant, entry.tokens, now)
         self.queue.push(entry, now)
         return entry
@@ -115,9 +131,6 @@ class Door:
 
     # ------------------------------------------------------------ refusals
 
-    def has_objective(self, ask: Ask) -> bool:
-        return self._objective_s(ask) < inf
-
     def late(self, ask: Ask, placement: Placement, waited_s: float) -> RouterError | None:
         """Why it is no use to begin now."""
         if placement.estimate is None:
@@ -140,9 +153,23 @@ class Door:
         self.counted(error)
         self._buckets.charge(entry.tenant, -entry.tokens, now)
 
+    def turned_away(self, error: RouterError, uncached: int | None = None) -> RouterError:
+        """It is not let in. `uncached`: prompt tokens, where the prompt was looked at."""
+        self.demand.turned_away(error, uncached)
+        return self.counted(error)
+
+    def judge(self, ask: Ask, record: Record | None) -> None:
+        """It was let in, and is over."""
+        if record is not None:
+            self.demand.ended(record, self._objective_s(ask), self.limits.itl_s)
+
     def counted(self, error: RouterError) -> RouterError:
         self.refused[error.code] += 1
         return error
 
     def _objective_s(self, ask: Ask) -> float:
         return self.limits.ttft_s if ask.ttft_s is None else ask.ttft_s
+
+
+def _uncached(prompt: Prompt) -> int:
+    return max(1, prompt.tokens - max(prompt.cached_tokens.values(), default=0))

@@ -21,7 +21,6 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from router.asker import AskerMiddleware
 from router.core.conversation import roles_in, trouble
-from router.core.errors import RouterError
 from router.engine import Broken, Refusal
 from router.plain import splice
 
@@ -170,11 +169,8 @@ def _named(message: msgspec.Struct) -> Any:
 
 
 def _not_ready(dispatch: Dispatch) -> str | None:
-    try:
-        dispatch.check()
-    except RouterError as error:
-        return str(error)
-    return None
+    error = dispatch.trouble()
+    return None if error is None else str(error)
 
 
 def _record(record: Record, dispatch: Dispatch) -> dict[str, Any]:

@@ -122,12 +122,14 @@ class Journal:
         if record := self._records.get(request_id):
             record.error_code = error.code
 
-    def end(self, request_id: str, outcome: Outcome, now: float) -> None:
+    def end(self, request_id: str, outcome: Outcome, now: float) -> Record | None:
+        """Its record, if it is not forgotten."""
         if record := self._records.get(request_id):
             record.outcome = outcome.value
             record.ended_at = now
             if self._observer:
                 self._observer.ended(record)
+        return record
 
     def find(self, name: str) -> list[Record]:
         """Records whose request id or client's name is `name`, oldest first.

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from workers.api import Role
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prometheus_client import Metric
 
     from router.core.caches import Caches
+    from router.core.fleet import WorkerView
     from router.dispatch import Dispatch
     from router.journal import Record
 
@@ -113,3 +116,43 @@ class QueueMetrics:
         for code, count in door.refused.items():
             refused.add_metric([code], count)
         yield refused
+
+
+class DemandMetrics:
+    """What sizing is told, read when it is asked for."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        self._dispatch = dispatch
+        REGISTRY.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        door, fleet = self._dispatch.door, self._dispatch.fleet
+        d, paces = door.demand, [w.rates.prefill_tokens_per_s for w in fleet if _prefills(w)]
+        known = [pace for pace in paces if pace]
+        for name, text, value in (
+            ("tandem_router_arrived_total", "Requests that arrived", d.requests),
+            ("tandem_router_arrived_tokens_total", "Their uncached tokens", d.uncached_tokens),
+            ("tandem_router_computed_tokens_total", "Prompt tokens computed", d.computed_tokens),
+            ("tandem_router_judged_total", "Requests with a verdict", d.judged),
+            ("tandem_router_first_in_time_total", "First token in time", d.first_in_time),
+            ("tandem_router_met_total", "Both objectives met", d.met),
+        ):
+            yield CounterMetricFamily(name, text, value)
+        for name, text, value in (
+            ("tandem_router_running_requests", "On workers", self._running),
+            ("tandem_router_queue_prompt_tokens", "Waiting", door.queue.uncached_tokens),
+            (
+                "tandem_router_prefill_tokens_per_second",
+                "Of a busy prefill worker",
+                sum(known) / len(known) if known else 0.0,
+            ),
+        ):
+            yield GaugeMetricFamily(name, text, value)
+
+    @property
+    def _running(self) -> int:
+        return len(self._dispatch) - len(self._dispatch.door.queue)
+
+
+def _prefills(view: WorkerView) -> bool:
+    return view.hello.role is Role.PREFILL

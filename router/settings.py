@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
@@ -11,17 +11,12 @@ from typing import Annotated, Any, Final, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from controller.flags import Names, Ports, Roles, Url, split
 from router.ask import Reserve
 from router.core.placement import Disaggregate
 from workers.flags import FileToWrite, Port, Seconds, Text
 
 _ADDRESS: Final = re.compile(r"tcp://[A-Za-z0-9._-]+:([0-9]{1,5})")
-
-
-def _split(value: Any) -> Any:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return value
 
 
 def _address(value: str) -> str:
@@ -41,7 +36,7 @@ Addresses = Annotated[
     # Not decoded: it is no JSON, neither as a flag nor as a variable.
     tuple[Annotated[str, AfterValidator(_address)], ...],
     NoDecode,
-    BeforeValidator(_split),
+    BeforeValidator(split),
     AfterValidator(_distinct),
     Field(min_length=1),
 ]
@@ -51,7 +46,7 @@ def _shares(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     shares: dict[str, float] = {}
-    for part in _split(value):
+    for part in split(value):
         name, _, share = part.rpartition("=")
         if not name or name in shares or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", share):
             raise ValueError("want name=share, each name once, with commas between")
@@ -70,40 +65,6 @@ class Discover(StrEnum):
     KUBERNETES = "kubernetes"
     DNS = "dns"
     FILE = "file"
-
-
-def _by_role(read: Callable[[str], Any]) -> Callable[[Any], Any]:
-    def pairs(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        found: dict[str, Any] = {}
-        for part in _split(value):
-            role, _, what = part.partition("=")
-            if not role or not what or role in found:
-                raise ValueError("want role=value, each role once, with commas between")
-            found[role] = read(what)
-        return found
-
-    return pairs
-
-
-def _port(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) <= 65535:
-        raise ValueError(f"{text} is no port")
-    return int(text)
-
-
-def _url(value: str) -> str:
-    if not re.fullmatch(r"https?://[^/\s]+/?", value):
-        raise ValueError("want https://host:port")
-    return value
-
-
-Ports = Annotated[
-    Mapping[str, int], NoDecode, BeforeValidator(_by_role(_port)), Field(min_length=1)
-]
-Names = Annotated[Mapping[str, str], NoDecode, BeforeValidator(_by_role(str)), Field(min_length=1)]
-Roles = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
 
 
 class RouterSettings(BaseSettings):
@@ -134,6 +95,11 @@ class RouterSettings(BaseSettings):
     ttft_objective_s: float | None = Field(
         None, gt=0, description="what can't have its first token by then is refused"
     )
+    itl_objective_s: float | None = Field(
+        None,
+        gt=0,
+        description="mean time between a stream's tokens: counted, and what sizing holds",
+    )
     tenant_tokens_per_s: float | None = Field(
         None, gt=0, description="most prompt and output tokens of one tenant"
     )
@@ -157,7 +123,7 @@ class RouterSettings(BaseSettings):
         None, description="leader-worker roles, of which only the leaders are workers to us"
     )
     discover_namespace: Text | None = Field(None, description="theirs; else the pod's own")
-    discover_api: Annotated[str, AfterValidator(_url)] | None = Field(
+    discover_api: Url | None = Field(
         None, description="API server; else the one that a pod is told of"
     )
     discover_token_file: Path | None = Field(None, description="else the service account's")

@@ -58,7 +58,9 @@ def read_settings(
     )
     for name, field in kind.model_fields.items():
         told = _help(variable(prefix, name), field)
-        parser.add_argument(flag(name), metavar=_metavar(name, field), help=told)
+        # Such a flag may stand alone.
+        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        parser.add_argument(flag(name), metavar=_metavar(name, field), help=told, **alone)
     given, rest = parser.parse_known_args(argv)
     if wrong := _unread(prefix, kind):
         parser.error(wrong)
@@ -99,6 +101,8 @@ def default_text(field: FieldInfo) -> str:
         return "needed"
     if field.default is None:
         return "none"
+    if isinstance(field.default, bool):
+        return str(field.default).lower()
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 

@@ -35,6 +35,8 @@ class Entry:
     tokens: int = field(compare=False)
     """Uncached prompt and expected output."""
     expires_at: float = field(compare=False, default=inf)
+    uncached: int = field(compare=False, default=0)
+    """Of `tokens`, the prompt's."""
 
 
 class Queue:
@@ -58,6 +60,8 @@ class Queue:
         """Whose turn it was when there was no room."""
         self._drain = _Drain()
         self.tokens = 0
+        self.uncached_tokens = 0
+        """Of `tokens`, the prompts'."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -73,6 +77,7 @@ class Queue:
             self._drain.begin(now)
         self._entries[entry.request_id] = entry
         self.tokens += entry.tokens
+        self.uncached_tokens += entry.uncached
         if not any(entry.tenant in tenants for tenants in self._waiting.values()):
             self._clocks[entry.tenant] = max(self._clock, self._clocks.get(entry.tenant, 0.0))
             if len(self._clocks) > TENANTS_MAX:
@@ -86,6 +91,7 @@ class Queue:
         if entry is None:
             return None
         self.tokens -= entry.tokens
+        self.uncached_tokens -= entry.uncached
         self._blocked_since.pop(request_id, None)
         tenants = self._waiting[entry.priority]
         tenants[entry.tenant].remove(entry)

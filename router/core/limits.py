@@ -26,6 +26,8 @@ class Limits:
     """A worker with more seconds of prompts queued gets no more."""
     ttft_s: float = inf
     """Objective of requests that bring none: what can't meet it is refused."""
+    itl_s: float = inf
+    """Objective for the mean time between a stream's tokens: only counted."""
     tenant_tokens_per_s: float = inf
     """Prompt and expected output, for each tenant."""
     tenant_burst_s: float = 10.0

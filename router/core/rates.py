@@ -42,6 +42,14 @@ class Rates:
         """Most prompt tokens that a step takes."""
         return self._chunk_tokens or CHUNK_TOKENS_PRIOR
 
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens of steps as full as any; 0 before a step was seen."""
+        if not self.step.samples:
+            return 0.0
+        step_s, token_s = self.step.rates[:2]
+        return 1 / max(1e-9, step_s / self.chunk_tokens + token_s)
+
     def stepped(self, step: Step, *, prefill_left: bool) -> None:
         """`prefill_left`: prompt tokens were queued beyond this step, so it was as full as any."""
         self.step.learn(

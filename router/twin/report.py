@@ -80,7 +80,7 @@ def figures(twin: Twin, objective: Objective) -> Figures:
     virtual_s = max((outcomes.last_s[n] for n in begun), default=0.0)
     several = [n for n in begun if outcomes.tokens[n] > 1]
     by_role: dict[str, list[float]] = {}
-    for worker in twin.workers.values():
+    for worker in (*twin.workers.values(), *twin.departed):
         by_role.setdefault(str(worker.plan.role), []).append(worker.busy_s)
     return Figures(
         requests=len(outcomes),

@@ -10,7 +10,7 @@ from array import array
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from router.ask import Ask, Reserve
 from router.core.errors import RouterError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from router.core.limits import Limits
     from router.core.placement import Policy
-    from router.twin.fleet import FleetPlan
+    from router.twin.fleet import FleetPlan, WorkerPlan
     from router.twin.traces import Request, Trace
     from workers.api import ToRouter, ToWorker
 
@@ -34,7 +34,18 @@ TICK_S: Final = 1.0
 """As `router.link` ticks."""
 ALIKE_S: Final = LOAD_INTERVAL_S
 """A worker that only generates tells the router at least so often, and at every change."""
-_ARRIVAL, _STEP, _TO_WORKER, _TO_ROUTER, _BEAT, _TICK = range(6)
+_ARRIVAL, _STEP, _TO_WORKER, _TO_ROUTER, _BEAT, _TICK, _JOIN, _LOOK = range(8)
+
+
+class Scaler(Protocol):
+    """Looks at a run every `look_s` virtual seconds, and lets workers come and go."""
+
+    look_s: float
+
+    def look(self, twin: Twin) -> None: ...
+
+    def left(self, worker_id: str, now: float) -> None:
+        """One that drained is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +65,14 @@ class Options:
 class Twin:
     """One run: `run` it, and read `outcomes`, `workers` and `dispatch`."""
 
-    def __init__(self, trace: Trace, fleet: FleetPlan, options: Options | None = None) -> None:
-        """Raises ValueError for a trace of too many requests."""
+    def __init__(
+        self,
+        trace: Trace,
+        fleet: FleetPlan,
+        options: Options | None = None,
+        scaler: Scaler | None = None,
+    ) -> None:
+        """`fleet`: who is there from the start. Raises ValueError for a trace of too many."""
         if len(trace.requests) > REQUESTS_MAX:
             raise ValueError(f"a trace has at most {REQUESTS_MAX} requests")
         self.trace, self.fleet_plan = trace, fleet
@@ -73,6 +90,12 @@ class Twin:
         self.submit_ns = array("q")
         """By the real clock, of each `submit`: the lookup in the index, placement, what is sent."""
         self.events = 0
+        self.uncached_tokens = 0
+        """Prompt tokens of all that came and that no cache had then; counted for a scaler."""
+        self.departed: list[SimWorker] = []
+        """Workers that drained and left."""
+        self._scaler = scaler
+        self._given_up: set[str] = set()
         self._max_tokens = self.options.max_tokens or max(
             (r.output_tokens for r in trace.requests), default=1
         )
@@ -96,30 +119,87 @@ class Twin:
             policy=policy, limits=self.options.limits,
         )  # fmt: skip
         for worker in self.workers.values():
-            self.dispatch.on_hello(worker.hello)
-            self._push(worker.interval_s, _BEAT, worker.worker_id)
+            self._greet(worker)
         self._push(TICK_S, _TICK, "")
+        if self._scaler is not None:
+            self._push(self._scaler.look_s, _LOOK, "")
         self._push_arrival()
         while self._heap:
             self.now, _, kind, worker_id, what = heappop(self._heap)
             self.events += 1
             if kind == _STEP:
-                self._end_step(self.workers[worker_id], what)
+                self._end_step(worker_id, what)
             elif kind == _TO_ROUTER:
                 self._to_router(worker_id, what)
             elif kind == _TO_WORKER:
-                self._to_worker(self.workers[worker_id], what)
+                self._to_worker(worker_id, what)
             elif kind == _ARRIVAL:
                 self._arrive()
             elif self._over:
                 continue  # Nothing periodic goes on, and the heap runs empty.
             elif kind == _BEAT:
-                self._beat(self.workers[worker_id])
+                self._beat(worker_id)
+            elif kind == _JOIN:
+                self._join(what)  # type: ignore[arg-type]
+            elif kind == _LOOK:
+                self._look()
             else:
                 self.dispatch.tick()
+                self._part()
                 self._push(self.now + TICK_S, _TICK, "")
                 if progress is not None:
                     progress(self)
+
+    # ------------------------------------------------------------ who comes and goes
+
+    def start(self, plan: WorkerPlan, startup_s: float) -> None:
+        """A worker whose engine has loaded after so long. Ids are single use."""
+        self._push(self.now + startup_s, _JOIN, "", plan)
+
+    def drain(self, worker_id: str) -> None:
+        """As a terminating pod does it: no more work for it, and it says so; it leaves when what
+        runs on it, and what it keeps for others, is over."""
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            self._given_up.add(worker_id)  # Its engine is still loading.
+            return
+        worker.draining = True
+        self.dispatch.fleet.rest(worker_id, True)  # The router's discovery sees it terminate.
+        self._report(worker, worker.report(self.now))
+
+    @property
+    def arrived(self) -> int:
+        """Requests so far."""
+        return self._next
+
+    def _look(self) -> None:
+        assert self._scaler is not None
+        self._scaler.look(self)
+        self._push(self.now + self._scaler.look_s, _LOOK, "")
+
+    def _join(self, plan: WorkerPlan) -> None:
+        if plan.worker_id not in self._given_up:
+            worker = SimWorker(plan, self.handoffs, self.options.alike_s)
+            self.workers[plan.worker_id] = worker
+            self._greet(worker)
+
+    def _greet(self, worker: SimWorker) -> None:
+        self.dispatch.on_hello(worker.hello)
+        self._push(self.now + worker.interval_s, _BEAT, worker.worker_id)
+
+    def _part(self) -> None:
+        """As `router.link` does it: who drains, is let go when no request of ours is on it."""
+        for worker in [w for w in self.workers.values() if w.draining]:
+            load = worker.model.load(self.now)
+            if worker.model.busy or load.leases_open or self.dispatch.is_on(worker.worker_id):
+                continue
+            del self.workers[worker.worker_id]
+            self._awaiting.pop(worker.worker_id, None)
+            self.departed.append(worker)
+            self.handoffs.leave(worker.worker_id)
+            self.dispatch.on_lost(worker.worker_id, "left")
+            if self._scaler is not None:
+                self._scaler.left(worker.worker_id, self.now)
 
     def request(self, request_id: str) -> Request:
         return self.trace.requests[number_of(request_id)]
@@ -151,12 +231,21 @@ class Twin:
             relay=self.options.relay,
         )
         began_ns = perf_counter_ns()
+        if self._scaler is not None:
+            self.uncached_tokens += self._uncached(ask)
         try:
             self.dispatch.submit(ask)
         except RouterError as error:
             self.outcomes.fail(ask.request_id, error)
         self.submit_ns.append(perf_counter_ns() - began_ns)
         self._push_arrival()
+
+    def _uncached(self, ask: Ask) -> int:
+        """As the router foretells it for where most of it is cached."""
+        cached = self.dispatch.caches.cached_tokens(
+            ask.prompt_token_ids, ask.cache_salt, ask.lora_name
+        )
+        return len(ask.prompt_token_ids) - max(cached.values(), default=0)
 
     def _send(self, worker_id: str, message: ToWorker) -> None:
         self._push(self.now + self.fleet_plan.latency_s, _TO_WORKER, worker_id, message)
@@ -169,7 +258,10 @@ class Twin:
     def _answer(self, worker: SimWorker, message: ToRouter) -> None:
         self._push(self.now + self.fleet_plan.latency_s, _TO_ROUTER, worker.worker_id, message)
 
-    def _to_worker(self, worker: SimWorker, message: object) -> None:
+    def _to_worker(self, worker_id: str, message: object) -> None:
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            return  # It has left; nothing of ours was on it.
         for answer in worker.receive(message, self.now):  # type: ignore[arg-type]
             self._answer(worker, answer)
         if worker.stepping:
@@ -195,8 +287,9 @@ class Twin:
                 if worker.stepping:
                     self._push(end_at, _STEP, worker.worker_id, worker.version)
 
-    def _end_step(self, worker: SimWorker, version: object) -> None:
-        if version != worker.version:
+    def _end_step(self, worker_id: str, version: object) -> None:
+        worker = self.workers.get(worker_id)
+        if worker is None or version != worker.version:
             return  # It was moved.
         batch = worker.finish(self.now)
         if batch is not None:
@@ -219,8 +312,11 @@ class Twin:
             case KvSnapshot():
                 self.dispatch.on_snapshot(worker_id, message)
 
-    def _beat(self, worker: SimWorker) -> None:
+    def _beat(self, worker_id: str) -> None:
         """As a real one does: it says something whenever it has been silent for an interval."""
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            return
         if self.now - worker.told_at >= worker.interval_s:
             self._report(worker, worker.report(self.now))
         due = max(worker.told_at + worker.interval_s, self.now + worker.interval_s / 8)

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from workers.api import (
     LOAD_INTERVAL_S,
     PROTOCOL,
     Abort,
     Batch,
+    Delta,
+    Finish,
     Generate,
     KvAsk,
     Release,
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from router.twin.fleet import WorkerPlan
-    from workers.api import Delta, KvSnapshot, Load, ToRouter, ToWorker
+    from workers.api import KvSnapshot, Load, ToRouter, ToWorker
     from workers.engines.sim_blocks import Handoffs
 
 IDLE_INTERVAL_S: Final = 4.0
@@ -49,6 +53,8 @@ class SimWorker:
         self.version = 0
         """Of the end of its step: moved by what comes in."""
         self.stepping = False
+        self.draining = False
+        """It takes nothing more."""
         self.slow = 1.0
         """What its steps' times are multiplied by for now: others of its host compute."""
         self._began_at = self._settled_at = 0.0
@@ -87,7 +93,10 @@ class SimWorker:
         match message:
             case Generate():
                 self.heard += 1
-                self.model.submit(message)
+                if self.draining:
+                    yield self._refuse(message, now)
+                else:
+                    self.model.submit(message)
             case Abort(request_ids):
                 self.model.abort(request_ids)
             case Release(tickets):
@@ -96,6 +105,10 @@ class SimWorker:
                 self._mirror.apply(self.model.cache_changes())
                 self._tell_all = True
                 yield from self.more()
+
+    def _refuse(self, generate: Generate, now: float) -> Batch:
+        refused = Delta(generate.request_id, [], Finish.REFUSED, error="the worker is draining")
+        return self._batch(self.model.load(now), [refused], now)
 
     # ------------------------------------------------------------ steps
 
@@ -153,6 +166,8 @@ class SimWorker:
 
     def _batch(self, load: Load, deltas: list[Delta], now: float) -> Batch:
         self.told_at = now
+        if self.draining:
+            load = msgspec.structs.replace(load, draining=True)
         seq, mirror = self._kv_seq, self._mirror
         if seq is None or seq == mirror.seq:
             return Batch(load, deltas, self.heard)

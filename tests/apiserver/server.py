@@ -6,10 +6,11 @@ import asyncio
 import json
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tests.apiserver.store import (
+    ADAPTERS,
     LEASES,
     SLICES,
     Object,
@@ -17,13 +18,25 @@ from tests.apiserver.store import (
     Resource,
     Store,
     Watcher,
+    forbidden,
     line,
+    scale_of,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+MERGE_PATCH = "application/merge-patch+json"
+_VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 _PHRASES = {200: "OK", 201: "Created"}
+
+
+class Written(NamedTuple):
+    method: str
+    path: str
+    body: Object | None
+    token: str
+    """Of whoever sent it."""
 
 
 class ApiServer:
@@ -34,6 +47,10 @@ class ApiServer:
         self.url = ""
         self.asked: list[tuple[float, str, dict[str, str]]] = []
         """Time on the loop's clock, path and query of every request."""
+        self.written: list[Written] = []
+        """Every request that is no GET, carried out or not."""
+        self.forbidden: set[tuple[str, str]] = set()
+        """Verb and resource, as in a Role's rules, that nobody has a right to."""
         self.refusal: tuple[Refusal, dict[str, str]] | None = None
         """What everybody gets instead of an answer, and headers to it."""
         self.tokens: set[str] | None = None
@@ -131,6 +148,10 @@ class ApiServer:
         try:
             self._admit(headers)
             body = json.loads(content) if content else None
+            if method != "GET":
+                self.written.append(Written(method, address.path, body, _token(headers)))
+            if method == "PATCH" and headers.get("content-type") != MERGE_PATCH:
+                raise Refusal(415, "UnsupportedMediaType", "the body of the request was unknown")
             answer = self._answer(method, unquote(address.path), query, body)
         except Refusal as refusal:
             extra = self.refusal[1] if self.refusal and self.refusal[0] is refusal else {}
@@ -146,36 +167,57 @@ class ApiServer:
     def _admit(self, headers: dict[str, str]) -> None:
         if self.refusal:
             raise self.refusal[0]
-        token = headers.get("authorization", "").removeprefix("Bearer ")
-        if self.tokens is not None and token not in self.tokens:
+        if self.tokens is not None and _token(headers) not in self.tokens:
             raise Refusal(401, "Unauthorized", "Unauthorized")
 
     def _answer(
         self, method: str, path: str, query: dict[str, str], body: Object | None
     ) -> tuple[int, Object] | Watcher:
         match path.strip("/").split("/"):
-            case ["apis", group, "v1", "namespaces", namespace, plural, *name]:
-                found = [r for r in (SLICES, LEASES) if (r.group, r.plural) == (group, plural)]
+            case ["apis", group, version, "namespaces", namespace, plural, *name]:
+                asked = group, version, plural
+                all_of_them = (SLICES, LEASES, ADAPTERS)
+                found = [r for r in all_of_them if (r.group, r.version, r.plural) == asked]
             case _:
                 found, namespace, name = [], "", []
-        if not found:
+        if not found or (len(name) > 1 and name[1] not in found[0].subresources):
             raise Refusal(404, "NotFound", "the server could not find the requested resource")
         resource = found[0]
-        if method == "GET" and query.get("watch") in ("1", "true"):
+        watches = method == "GET" and query.get("watch") in ("1", "true")
+        self._allow(method, watches, resource, namespace, name)
+        if watches:
             return self._watch(resource, namespace, query)
         match method, name, body:
             case "GET", [], _:
                 return 200, self.store.page(resource, namespace, query)
             case "GET", [one], _:
                 return 200, self.store.get(resource, namespace, one)
+            case "GET", [one, "scale"], _:
+                return 200, scale_of(self.store.get(resource, namespace, one))
             case "POST", [], dict():
                 return 201, self.store.create(resource, namespace, body)
             case "PUT", [_], dict():
                 return 200, self.store.replace(resource, namespace, body)
+            case "PATCH", [one], dict():
+                return 200, self.store.patch(resource, namespace, one, body)
+            case "PATCH", [one, part], dict():
+                # A subresource changes its own part of the object, whatever else it is sent.
+                own = {"scale": ("metadata", "spec"), "status": ("metadata", "status")}[part]
+                change = {key: body[key] for key in own if key in body}
+                after = self.store.patch(resource, namespace, one, change)
+                return 200, scale_of(after) if part == "scale" else after
             case "DELETE", [one], _:
                 self.store.delete(resource, namespace, one)
                 return 200, {"kind": "Status", "apiVersion": "v1", "status": "Success"}
         raise Refusal(405, "MethodNotAllowed", "the server does not allow this method")
+
+    def _allow(
+        self, method: str, watches: bool, resource: Resource, namespace: str, name: list[str]
+    ) -> None:
+        verb = _VERBS.get(method) or ("watch" if watches else "get" if name else "list")
+        one, sub = name[0] if name else "", "".join(name[1:])
+        if (verb, "/".join(filter(None, (resource.plural, sub)))) in self.forbidden:
+            raise forbidden(verb, resource, namespace, one, sub)
 
     def _watch(self, resource: Resource, namespace: str, query: dict[str, str]) -> Watcher:
         if "sendInitialEvents" in query and self.snapshots == "refused":
@@ -257,6 +299,10 @@ class _Expired(Watcher):
     def lines(self) -> list[bytes]:
         said, self._said = self._said, []
         return said
+
+
+def _token(headers: dict[str, str]) -> str:
+    return headers.get("authorization", "").removeprefix("Bearer ")
 
 
 def _write(

@@ -21,10 +21,12 @@ class Resource(NamedTuple):
     kind: str
     empty: Object
     """What a bookmark of it has beside its metadata."""
+    version: str = "v1"
+    subresources: tuple[str, ...] = ()
 
     @property
     def api_version(self) -> str:
-        return f"{self.group}/v1"
+        return f"{self.group}/{self.version}"
 
 
 SLICES = Resource(
@@ -34,6 +36,14 @@ SLICES = Resource(
     {"addressType": "", "endpoints": None, "ports": None},
 )
 LEASES = Resource("coordination.k8s.io", "leases", "Lease", {"spec": {}})
+ADAPTERS = Resource(
+    "workloads.x-k8s.io",
+    "rolebasedgroupscalingadapters",
+    "RoleBasedGroupScalingAdapter",
+    {"spec": {}},
+    "v1alpha2",
+    ("scale", "status"),
+)
 
 
 class Refusal(Exception):
@@ -51,6 +61,50 @@ def status(code: int, reason: str, message: str, details: Object | None = None) 
     if details:
         body["details"] = details
     return body | {"code": code}
+
+
+def forbidden(verb: str, resource: Resource, namespace: str, name: str, sub: str = "") -> Refusal:
+    """As the recorded one says it; a named object's has the name besides."""
+    named = f' "{name}"' if name else ""
+    called = f"{resource.plural}.{resource.group}{named}"
+    plural = f"{resource.plural}/{sub}" if sub else resource.plural
+    message = (
+        f'{called} is forbidden: User "nobody" cannot {verb} resource "{plural}" in API group '
+        f'"{resource.group}" in the namespace "{namespace}"'
+    )
+    details = {"name": name} if name else {}
+    return Refusal(
+        403, "Forbidden", message, details | {"group": resource.group, "kind": resource.plural}
+    )
+
+
+def scale_of(adapter: Object) -> Object:
+    """The scale subresource of a scaling adapter."""
+    meta, status_ = adapter["metadata"], adapter.get("status", {})
+    names = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp")
+    return {
+        "kind": "Scale",
+        "apiVersion": "autoscaling/v1",
+        "metadata": {name: meta[name] for name in names if name in meta},
+        "spec": {"replicas": adapter["spec"]["replicas"]},
+        "status": {
+            "replicas": status_.get("replicas", 0),
+            "selector": status_.get("selector", ""),
+        },
+    }
+
+
+def merged(before: Any, patch: Any) -> Any:
+    """RFC 7396."""
+    if not isinstance(patch, dict):
+        return patch
+    after = dict(before) if isinstance(before, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            after.pop(key, None)
+        else:
+            after[key] = merged(after.get(key), value)
+    return after
 
 
 def expired(version: int, oldest: int) -> Refusal:
@@ -114,6 +168,11 @@ class Store:
             details = {"name": name, "group": resource.group, "kind": resource.plural}
             raise Refusal(409, "Conflict", message, details)
         return self.put(resource, namespace, content)
+
+    def patch(self, resource: Resource, namespace: str, name: str, change: Object) -> Object:
+        """A merge patch; one that names a stale version is refused, as other writes are."""
+        after = merged(deepcopy(self.get(resource, namespace, name)), change)
+        return self.replace(resource, namespace, after)
 
     def put(self, resource: Resource, namespace: str, content: Object) -> Object:
         """Create or replace, whatever is there."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from router.core.blocks import next_link, root
 from router.core.caches import ASK_INTERVAL_S
+from router.core.errors import TenantOverRate
 from router.core.placement import Disaggregate, EstimatePolicy
 from router.dispatch import Ask
 from tests.simulation.cluster import MENDS_S
@@ -51,8 +52,25 @@ async def conclude(cluster: Cluster) -> None:
         cluster.counts.update(router.counts)
         for request in router.clients.requests.values():
             an_end_has_its_reason(cluster, router, request)
+        demand_is_who_came(router)
     await nothing_is_kept(cluster)
     await indexes_are_the_caches(cluster)
+
+
+def demand_is_who_came(router: RouterHost) -> None:
+    """What sizing is told: nobody left out, and no more in time than there are verdicts."""
+    demand, requests = router.dispatch.door.demand, router.clients.requests.values()
+    over_rate = sum(isinstance(r.error, TenantOverRate) for r in requests)
+    if demand.requests != len(requests) - over_rate:
+        raise Violation(f"{router.name}: {len(requests)} came, and it told of {demand.requests}")
+    if not 0 <= demand.met <= demand.first_in_time <= demand.judged <= demand.requests:
+        raise Violation(f"{router.name}: impossible verdicts of {demand.requests} requests")
+    prompts = sum(len(r.call.ask.prompt_token_ids) for r in requests)
+    if not 0 <= demand.computed_tokens <= prompts:
+        raise Violation(f"{router.name}: {demand.computed_tokens} computed of {prompts}")
+    queue = router.dispatch.door.queue
+    if bool(queue) != bool(queue.uncached_tokens):
+        raise Violation(f"{router.name}: {len(queue)} wait with {queue.uncached_tokens} tokens")
 
 
 async def every_request_ends(cluster: Cluster) -> None:

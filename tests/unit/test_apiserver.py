@@ -12,10 +12,12 @@ import httpx
 import pytest
 
 from tests.apiserver.server import ApiServer
-from tests.apiserver.store import LEASES, SLICES, Refusal, Store, selects
+from tests.apiserver.store import ADAPTERS, LEASES, SLICES, Refusal, Store, selects
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from tests.apiserver.store import Resource
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "k8s"
 PATH = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices"
@@ -33,10 +35,13 @@ async def lines(response: httpx.Response) -> AsyncIterator[dict]:
 
 
 def put(store: Store, content: dict) -> None:
-    """At the version that it had."""
+    """A slice, at the version that it had."""
+    put_as(store, SLICES, {k: v for k, v in content.items() if k not in ("kind", "apiVersion")})
+
+
+def put_as(store: Store, resource: Resource, content: dict) -> None:
     store.version = int(content["metadata"]["resourceVersion"]) - 1
-    about = {k: v for k, v in content.items() if k not in ("kind", "apiVersion")}
-    store.put(SLICES, "default", about)
+    store.put(resource, "default", content)
 
 
 def test_it_replays_the_recorded_watch_event_by_event() -> None:
@@ -131,6 +136,64 @@ def test_leases_conflict_as_recorded() -> None:
             if given in body["metadata"]:
                 content["metadata"][given] = body["metadata"][given]
         assert (got.status_code, content) == (wanted["status"], body)
+
+    asyncio.run(ask())
+
+
+def test_scales_are_read_and_written_as_recorded() -> None:
+    adapter = recorded("scalingadapter-get.json")
+    path, patch = adapter["request"]["path"], {"Content-Type": "application/merge-patch+json"}
+
+    async def ask() -> None:
+        store = Store()
+        put_as(store, ADAPTERS, deepcopy(adapter["body"]))
+        async with ApiServer(store) as server, httpx.AsyncClient(base_url=server.url) as client:
+            got = await client.get(path)
+            assert (got.status_code, got.json()) == (adapter["status"], adapter["body"])
+            await compare(store, client, recorded("scale-get.json"))
+            await compare(store, client, recorded("scale-patch.json"))
+            got = await client.patch(
+                f"{path}/status", json={"status": {"replicas": 3}}, headers=patch
+            )
+            assert got.json()["status"]["replicas"] == 3
+            await compare(store, client, recorded("scale-patch-down.json"))
+            content = {"spec": {"replicas": 9}}
+            assert (await client.patch(f"{path}/scale", json=content)).status_code == 415
+            stale = content | {"metadata": {"resourceVersion": "1"}}
+            assert (
+                await client.patch(f"{path}/scale", json=stale, headers=patch)
+            ).status_code == 409
+            assert (await client.get(f"{path}/other")).status_code == 404
+
+    async def compare(store: Store, client: httpx.AsyncClient, wanted: dict) -> None:
+        request, headers = wanted["request"], patch if wanted["request"]["body"] else {}
+        if request["body"]:
+            store.version = int(wanted["body"]["metadata"]["resourceVersion"]) - 1
+        got = await client.request(
+            request["method"], request["path"], json=request["body"], headers=headers
+        )
+        assert (got.status_code, got.json()) == (wanted["status"], wanted["body"])
+
+    asyncio.run(ask())
+
+
+def test_it_forbids_as_recorded() -> None:
+    wanted = recorded("forbidden-403.json")
+
+    async def ask() -> None:
+        async with ApiServer() as server, httpx.AsyncClient(base_url=server.url) as client:
+            server.forbidden = {("list", "endpointslices"), ("patch", ADAPTERS.plural + "/scale")}
+            got = await client.get(wanted["request"]["path"])
+            assert (got.status_code, got.json()) == (wanted["status"], wanted["body"])
+            server.store.put(
+                ADAPTERS, "default", {"metadata": {"name": "a"}, "spec": {"replicas": 1}}
+            )
+            path = "/apis/workloads.x-k8s.io/v1alpha2/namespaces/default/" + ADAPTERS.plural
+            headers = {"Content-Type": "application/merge-patch+json"}
+            assert (await client.get(f"{path}/a/scale")).status_code == 200
+            got = await client.patch(f"{path}/a/scale", json={}, headers=headers)
+            assert got.status_code == 403
+            assert server.store.get(ADAPTERS, "default", "a")["spec"]["replicas"] == 1
 
     asyncio.run(ask())
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from controller.settings import ControllerSettings
 from router.ask import Reserve
 from router.core.placement import Disaggregate
 from router.settings import Discover, RouterSettings
@@ -62,6 +63,7 @@ ROUTER: dict[str, tuple[str, Any]] = {
     "queue_s": ("20", 20.0),
     "prefill_queue_s": ("1.5", 1.5),
     "ttft_objective_s": ("2", 2.0),
+    "itl_objective_s": ("0.05", 0.05),
     "tenant_tokens_per_s": ("1000", 1000.0),
     "tenant_burst_s": ("3", 3.0),
     "tenant_shares": ("a=2,b=0.5,", {"a": 2.0, "b": 0.5}),
@@ -79,17 +81,64 @@ ROUTER: dict[str, tuple[str, Any]] = {
     "discover_file": ("f", Path("f")),
     "discover_debounce_s": ("0.5", 0.5),
 }
+CONTROLLER: dict[str, tuple[str, Any]] = {
+    "group": ("tandem", "tandem"),
+    "namespace": ("inference", "inference"),
+    "metrics_ports": ("router=1,p=2,decode=3", {"router": 1, "p": 2, "decode": 3}),
+    "dry_run": ("true", True),
+    "router_role": ("router", "router"),
+    "prefill_role": ("p", "p"),
+    "decode_role": ("decode", "decode"),
+    "prefill_min": ("2", 2),
+    "prefill_max": ("9", 9),
+    "decode_min": ("1", 1),
+    "decode_max": ("1", 1),
+    "ttft_objective_s": ("1.5", 1.5),
+    "itl_objective_s": ("0.05", 0.05),
+    "attainment": ("0.9", 0.9),
+    "look_s": ("5", 5.0),
+    "startup_s": ("120", 120.0),
+    "up_cooldown_s": ("10", 10.0),
+    "down_cooldown_s": ("20", 20.0),
+    "down_window_s": ("30", 30.0),
+    "lease_name": ("l", "l"),
+    "lease_s": ("30", 30),
+    "identity": ("i", "i"),
+    "http_host": ("0.0.0.0", "0.0.0.0"),
+    "http_port": ("0", 0),
+    "address_file": ("/address.json", Path("/address.json")),
+    "discover_selector": ("a=b,c", "a=b,c"),
+    "discover_role_label": ("app", "app"),
+    "discover_leaders": ("decode,prefill", ("decode", "prefill")),
+    "discover_api": ("https://10.0.0.1:6443", "https://10.0.0.1:6443"),
+    "discover_token_file": ("t", Path("t")),
+    "discover_ca_file": ("c", Path("c")),
+    "discover_debounce_s": ("0.5", 0.5),
+}
 KINDS: list[tuple[type[BaseSettings], dict[str, tuple[str, Any]]]] = [
     (WorkerSettings, WORKER),
     (RouterSettings, ROUTER),
+    (ControllerSettings, CONTROLLER),
 ]
-NEEDED = {WorkerSettings: ("role", "model"), RouterSettings: ("model",)}
-ENOUGH = {WorkerSettings: ("role", "model"), RouterSettings: ("model", "workers")}
+NEEDED = {
+    WorkerSettings: ("role", "model"),
+    RouterSettings: ("model",),
+    ControllerSettings: ("group", "metrics_ports"),
+}
+ENOUGH = {
+    WorkerSettings: ("role", "model"),
+    RouterSettings: ("model", "workers"),
+    ControllerSettings: ("group", "metrics_ports", "prefill_role"),
+}
 
 
 @pytest.fixture(autouse=True)
 def _no_variables_of_ours() -> Iterator[None]:
-    others = {k: v for k, v in os.environ.items() if not k.startswith(("WORKER_", "ROUTER_"))}
+    others = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("WORKER_", "ROUTER_", "CONTROLLER_"))
+    }
     with mock.patch.dict(os.environ, others, clear=True):
         yield
 
@@ -154,10 +203,17 @@ def test_a_flag_wins_over_its_variable_and_the_last_flag_over_the_first(
     samples: dict[str, tuple[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(variable(kind.model_config["env_prefix"], "port"), "1")
-    assert read(kind, *needed(kind, samples)).port == 1
-    assert read(kind, *needed(kind, samples), "--port", "2").port == 2
-    assert read(kind, *needed(kind, samples), "--port=2", "--port=3").port == 3
+    name = "port" if "port" in kind.model_fields else "http_port"
+    port = flag(name)
+
+    def given(*argv: str) -> int:
+        found: int = getattr(read(kind, *needed(kind, samples), *argv), name)
+        return found
+
+    monkeypatch.setenv(variable(kind.model_config["env_prefix"], name), "1")
+    assert given() == 1
+    assert given(port, "2") == 2
+    assert given(f"{port}=2", f"{port}=3") == 3
 
 
 @pytest.mark.parametrize("bad", ["-1", "65536", "x", "1.5", "", "tcp://10.0.0.1:80"])
@@ -289,10 +345,12 @@ def test_a_variable_that_nothing_reads_stops_it_and_the_nearest_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prefix = kind.model_config["env_prefix"]
-    monkeypatch.setenv(f"{prefix}MODLE", "m")
+    name = NEEDED[kind][-1].upper()
+    typo = name[:-2] + name[:-3:-1]
+    monkeypatch.setenv(f"{prefix}{typo}", "m")
     told = stops(capsys, kind, *needed(kind, samples))
-    assert f"{prefix}MODLE is set" in told
-    assert f"did you mean {prefix}MODEL?" in told
+    assert f"{prefix}{typo} is set" in told
+    assert f"did you mean {prefix}{name}?" in told
 
 
 def test_a_variable_of_another_process_or_of_none_is_nobodys_business(
@@ -312,7 +370,7 @@ def test_what_kubernetes_sets_for_a_service_is_told_as_that(
     assert "enableServiceLinks: false" in told
 
 
-@pytest.mark.parametrize(("kind", "samples"), KINDS)
+@pytest.mark.parametrize(("kind", "samples"), KINDS[:2])
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_key_file_without_the_other_stops_it(
     kind: type[BaseSettings],
@@ -375,3 +433,29 @@ def test_a_process_with_a_mistyped_variable_ends_at_once_with_one_line(process: 
     assert ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1
     assert ended.stderr.startswith(f"tandem {process}: {name} is set")
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [
+        (["--prefill-min=3", "--prefill-max=2"], "--prefill-min 3 is more than --prefill-max 2"),
+        (["--decode-min=9"], "--decode-min 9 is more than --decode-max 8"),
+        (["--decode-role=prefill"], "must differ"),
+        (["--router-role=front"], "--metrics-ports lacks front"),
+        (["--decode-min=0"], "greater than or equal to 1"),
+        (["--lease-s=1.5"], "--lease-s '1.5'"),
+    ],
+)
+def test_what_a_controller_can_t_work_with_stops_it(
+    flags: list[str], wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ports = "--metrics-ports=router=1,prefill=2,decode=3"
+    assert wrong in stops(capsys, ControllerSettings, "--group=g", ports, *flags)
+
+
+def test_a_flag_that_is_yes_or_no_may_stand_alone() -> None:
+    given = ["--group=g", "--metrics-ports=router=1,prefill=2,decode=3"]
+    assert read(ControllerSettings, *given, "--dry-run").dry_run is True
+    assert read(ControllerSettings, "--dry-run", *given).dry_run is True
+    assert read(ControllerSettings, *given, "--dry-run=false").dry_run is False
+    assert read(ControllerSettings, *given).dry_run is False

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from controller.settings import ControllerSettings
 from router.settings import RouterSettings
 from workers.flags import choices, default_text, flag, variable
 from workers.settings import WorkerSettings
@@ -102,7 +103,7 @@ def test_every_error_code_is_documented() -> None:
     assert [c for c in codes if f"`{c}`" not in page] == []
 
 
-@pytest.mark.parametrize("kind", [WorkerSettings, RouterSettings])
+@pytest.mark.parametrize("kind", [WorkerSettings, RouterSettings, ControllerSettings])
 def test_every_setting_is_documented_with_its_default_and_its_range(
     kind: type[BaseSettings],
 ) -> None:
