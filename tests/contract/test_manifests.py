@@ -147,6 +147,13 @@ def test_the_job_that_fetches_a_model_fits_and_fills_what_pods_read() -> None:
 # ------------------------------------------------------------ as our own code sees them
 
 
+def test_routers_judge_by_what_the_controller_aims_at(group: list[Object]) -> None:
+    of = {p.role: p for p in pods(group)}
+    if "controller" in of:
+        for flag_ in ("--ttft-objective-s", "--itl-objective-s"):
+            assert of["router"].flag(flag_) == of["controller"].flag(flag_)
+
+
 def test_every_flag_and_variable_is_one_of_its_process(group: list[Object]) -> None:
     checked = 0
     for pod in pods(group):
