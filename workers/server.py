@@ -139,16 +139,22 @@ class Worker:
             tasks.create_task(self._tick())
             tasks.create_task(self._tell_caches())
 
-    async def drain(self, seconds: float) -> None:
-        """Take nothing more; return when nothing runs and no lease is open, or time is over.
+    def rest(self, draining: bool) -> None:
+        """Take nothing more, or take work again; what runs goes on either way."""
+        self._draining = draining
+        for router in list(self._routers):  # At once: what they send meanwhile is sent in vain.
+            self._send(router, self._batch(router, self.load, []))
 
-        What still runs then is handed back: its routers try it elsewhere.
-        """
-        self._draining = True
-        until = self._clock() + seconds
-        # Polled: leases end in another process, which tells of it only by its steps.
-        while (self._owners or self.load.leases_open) and self._clock() < until:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+    @property
+    def left(self) -> str | None:
+        """What keeps it from going; None when nothing runs and no lease is open."""
+        leases = 0 if self.loading else self.load.leases_open
+        if not self._owners and not leases:
+            return None
+        return f"requests that run: {len(self._owners)}, open leases: {leases}"
+
+    def hand_back(self) -> None:
+        """End what still runs: its routers try it elsewhere."""
         left = list(self._owners)
         self._engine.abort(left)
         deltas = [Delta(r, [], Finish.ERROR, error="the worker is shutting down") for r in left]

@@ -122,10 +122,15 @@ class WorkerView:
         self.resting = resting
         self._weigh()
 
+    @property
+    def departing(self) -> bool:
+        """It said so itself, or we were told: that it goes is no surprise."""
+        return self.load.draining or self.resting
+
     def _weigh(self) -> None:
         self.weighed += 1
         hello, load, rates = self.hello, self.load, self.rates
-        accepts = () if load.draining or self.resting else ACCEPTS[hello.role]
+        accepts = () if self.departing else ACCEPTS[hello.role]
         self.computes, self.generates = Phase.PREFILL in accepts, Phase.DECODE in accepts
         base, token_s, _, stream_s, context_s = rates.step.rates
         streams = 0
@@ -170,8 +175,9 @@ class Fleet:
         if view := self._views.get(worker_id):
             view.rest(resting)
 
-    def remove(self, worker_id: str) -> None:
-        self._views.pop(worker_id, None)
+    def remove(self, worker_id: str) -> WorkerView | None:
+        """What was known of it; None of an unknown one."""
+        return self._views.pop(worker_id, None)
 
     def dead(self, now: float) -> list[tuple[str, str]]:
         """Workers to give up, each with the reason: silent, or busy without stepping."""

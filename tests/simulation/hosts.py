@@ -18,6 +18,7 @@ from tests.simulation.processes import Process
 from tests.simulation.violation import Violation
 from tests.simulation.watch import Watch
 from workers.api import Delta, Finish, Generate, Phase, Refused, encode
+from workers.drain import Drain
 from workers.engines.sim import SimEngine
 from workers.metrics import Metrics
 from workers.server import Identity, Worker
@@ -115,7 +116,7 @@ class Life:
         """What `workers.__main__` does on SIGTERM."""
         loop = self._network.loop
         began, stopped_s = loop.time(), self.stopped_s
-        await self.worker.drain(limit_s)
+        await Drain(self.worker, limit_s, loop.time).finish()
         took = loop.time() - began - (self.stopped_s - stopped_s)
         if took > limit_s + DRAIN_SLACK_S:
             raise Violation(f"the drain of {self.epoch} took {took:.2f} s of {limit_s:.2f} s")
