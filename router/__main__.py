@@ -128,7 +128,7 @@ async def _serve(
     ways: Ways,
 ) -> None:
     from router.engine import DisaggregatedEngine
-    from router.front import build_front, front_config
+    from router.front import VLLM_VERSION, build_front, front_config
 
     config = front_config(front)
     engine = DisaggregatedEngine(config)
@@ -138,6 +138,7 @@ async def _serve(
         model_digest=digests[0],
         tokenizer_digest=digests[1],
         max_model_len=config.model_config.max_model_len,
+        vllm_version=VLLM_VERSION,
     )
 
     def send(worker_id: str, message: ToWorker) -> None:

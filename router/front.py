@@ -6,6 +6,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import vllm
 from starlette.exceptions import HTTPException
 from starlette.requests import Request  # noqa: TC002  # FastAPI reads the annotation.
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from router.link import Links
 
 _TASKS = ("generate",)
+VLLM_VERSION: str = vllm.__version__
 
 
 def front_args(model: str, flags: list[str]) -> argparse.Namespace:
