@@ -117,7 +117,7 @@ class Dispatch:
 
     def is_on(self, worker_id: str) -> bool:
         """Some live request computes, decodes or has its KV there."""
-        return any(worker_id in live.counted_on for live in self._live.values())
+        return any(life.is_on(live.state, worker_id) for live in self._live.values())
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """The client is gone. Unknown ids are ignored."""

@@ -134,6 +134,19 @@ def test_who_said_that_it_goes_and_has_nothing_left_is_no_loss(
     assert told_of_losses(caplog) == [("INFO", "worker left")]
 
 
+def test_a_stream_is_on_its_prefill_worker_until_its_kv_has_been_read() -> None:
+    f = pair()
+    f.dispatch.submit(Ask("r", [1], 4))
+    assert f.dispatch.is_on("p")
+    f.say("p", Delta("r/p", [7], Finish.PREFILLED, ticket=b"t"))
+    assert f.dispatch.is_on("p")
+    f.say("d", Delta("r", [7]))
+    assert not f.dispatch.is_on("p")
+    assert f.dispatch.is_on("d")
+    f.say("d", Delta("r", [8], Finish.STOP))
+    assert not f.dispatch.is_on("d")
+
+
 @pytest.mark.parametrize("expected", [True, False])
 def test_who_goes_with_a_request_on_it_or_unforeseen_is_lost(
     expected: bool, caplog: pytest.LogCaptureFixture
