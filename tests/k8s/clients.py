@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 
@@ -139,13 +140,14 @@ class Load:
             finally:
                 over.set()
 
-    async def records(self, client: httpx.AsyncClient) -> list[tuple[Answer, dict[str, Any]]]:
-        """Of each answer, who served it. Their routers must still be there."""
-        found = []
-        for answer in self.answers:
-            if answer.id:
+    async def used(self, client: httpx.AsyncClient, since: float, until: float) -> Counter[str]:
+        """The workers that served what began in that time. Its routers must still be there."""
+        found: Counter[str] = Counter()
+        for answer in list(self.answers):
+            if answer.id and since <= answer.began < until:
                 told = await client.get(f"{answer.router}/tandem/requests/{answer.id}")
-                found.append((answer, told.json()[-1]))
+                record = told.json()[-1]
+                found.update({record["prefill_worker"] or "", record["decode_worker"]})
         return found
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +20,6 @@ from tests.k8s.world import DRAIN_S, MODEL, WINDOW_S, World
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tests.k8s.clients import Load
     from tests.k8s.pods import Stop
 
 CLIENTS = 6
@@ -66,38 +64,24 @@ def went_well(stop: Stop) -> None:
     assert stop.seconds < DRAIN_S, stop
 
 
-async def placed(world: World, load: Load, since: float, until: float) -> Counter[str]:
-    """On whom what began in that time was placed: workers by what they did."""
-    found: Counter[str] = Counter()
-    for answer, record in await load.records(world.client):
-        if since <= answer.began < until:
-            found[record["prefill_worker"] or ""] += 1
-            found[record["decode_worker"]] += 1
-    return found
-
-
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_new_worker_is_used_and_one_that_leaves_breaks_no_stream(
     run: Callable[[Test], None], role: str
 ) -> None:
     async def test(world: World) -> None:
         load, loop = world.load(), asyncio.get_running_loop()
-        name = f"tandem-{role}-2"
+        names = [f"tandem-{role}-{n}" for n in range(3)]
         async with load.running(CLIENTS):
-            await asyncio.sleep(1)
             await world.scale(role, 3)
-            came = loop.time()
-            await asyncio.sleep(3)
+            await world.uses(load, *names)
             went = loop.time()
             stops = await world.scale(role, 1)
-            await asyncio.sleep(2)
+            await world.uses(load, names[0])
         assert load.failed == []
         for stop in stops:
             went_well(stop)
-        used = await placed(world, load, came + SOON_S, went)
-        assert used[name] > 0, used
-        used = await placed(world, load, went + SOON_S, loop.time())
-        assert set(used) & {f"tandem-{role}-{n}" for n in range(3)} == {f"tandem-{role}-0"}
+        used = await load.used(world.client, went + SOON_S, loop.time())
+        assert set(used) & set(names) <= {names[0]}
 
     run(test)
 
@@ -108,7 +92,7 @@ def test_a_new_version_takes_over_in_place_and_kv_goes_between_equals_only(
     """Other blocks, as another release may have: old and new can't read each other's."""
 
     async def test(world: World) -> None:
-        load, loop = world.load(), asyncio.get_running_loop()
+        load = world.load()
         async with load.running(CLIENTS):
             for role in ("prefill", "decode"):
                 for index in (1, 0):
@@ -116,12 +100,9 @@ def test_a_new_version_takes_over_in_place_and_kv_goes_between_equals_only(
                     template = with_flags(pod.template, "--block-size", "32")
                     went_well(await world.node.update(pod, template, WINDOW_S))
             await world.knows()
-            updated = loop.time()
-            await asyncio.sleep(2)
+            await world.uses(load, *(p.name for p in world.workers()))
         assert load.failed == []
         assert all(w["kv_digest"].startswith("sim-32") for w in await world.hellos())
-        used = await placed(world, load, updated + SOON_S, loop.time())
-        assert set(used) == {f"tandem-{r}-{n}" for r in ("prefill", "decode") for n in (0, 1)}
 
     run(test)
 
@@ -134,7 +115,7 @@ def test_a_worker_that_leaves_while_the_api_server_is_away_breaks_no_stream(
     async def test(world: World) -> None:
         load = world.load()
         async with load.running(CLIENTS):
-            await asyncio.sleep(0.5)
+            await world.uses(load, *(p.name for p in world.workers()))
             await world.api.stop()
             for role in ("decode", "prefill"):
                 [stop] = await world.scale(role, 1)

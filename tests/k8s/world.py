@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -22,7 +23,7 @@ MODEL = "smollm2-135m"
 CHANNEL_PORT, PROBE_PORT, OPENAI_PORT = 7000, 7001, 8000
 DRAIN_S, LEASE_S, GRACE_S = 10.0, 1.0, 15.0
 NOTICE_S = 1.5
-WINDOW_S = 2.0
+WINDOW_S = 1.5
 """RBG's gracePeriodSeconds of an in-place update."""
 WAIT_S = 20.0
 
@@ -132,7 +133,7 @@ class World:
         """Until every serving router counts on all workers that serve, and on no others."""
         async with asyncio.timeout(WAIT_S):
             for pod in [p for p in self.node.of("router") if p.serving]:
-                while await self._known(pod) != self._workers():  # noqa: ASYNC110
+                while await self._known(pod) != {p.name for p in self.workers()}:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
 
     async def hellos(self) -> list[dict[str, Any]]:
@@ -140,10 +141,18 @@ class World:
         workers = (await self.client.get(f"{self.pod('router', 0).http}/tandem/workers")).json()
         return [w["hello"] for w in workers["workers"]]
 
+    async def uses(self, load: Load, *names: str) -> None:
+        """Until all of these have served something that begins from now on."""
+        began = asyncio.get_running_loop().time()
+        async with asyncio.timeout(WAIT_S):
+            while set(names) - set(await load.used(self.client, began, inf)):
+                await asyncio.sleep(0.2)
+
     async def _known(self, pod: Pod) -> set[str]:
         workers = (await self.client.get(f"{pod.http}/tandem/workers")).json()["workers"]
         return {w["hello"]["worker_id"] for w in workers if not w["load"]["draining"]}
 
-    def _workers(self) -> set[str]:
+    def workers(self) -> list[Pod]:
+        """That are in service."""
         pods = [p for role in ("prefill", "decode") for p in self.node.of(role)]
-        return {p.name for p in pods if p.serving and not p.terminating}
+        return [p for p in pods if p.serving and not p.terminating]
