@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 STALL_S: Final = 60.0
 """Busy without a step for this long is dead."""
 
+EARLY_MAX: Final = 1000
+"""Hellos kept while the engine loads; the oldest go first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -91,6 +94,8 @@ class Worker:
         self._routers: dict[bytes, _Router] = {}
         self._owners: dict[str, bytes] = {}
         self._mirror = CacheMirror()
+        self._early: dict[bytes, tuple[RouterHello, float]] = {}
+        """Who said hello while the engine loads, last, and when: they are answered when it has."""
         self._asked: dict[bytes, None] = {}
         """Routers that are to be told all of the cache, in turn."""
         self._asked_now = asyncio.Event()
@@ -134,6 +139,11 @@ class Worker:
         facts = await self._engine.start()
         self._hello = self._make_hello(facts)
         log.info("ready", extra={"worker": self._identity.worker_id, "kv": facts.kv_digest})
+        # Before anybody acts upon that: a rollout takes the next one away as soon as we are ready.
+        early, self._early = self._early, {}
+        for router, (hello, at) in early.items():
+            if self._clock() - at < SILENCE_S:  # It would have said it again by now.
+                self._greet(router, hello)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._engine.run(self._on_step))
             tasks.create_task(self._tick())
@@ -199,8 +209,12 @@ class Worker:
                 self._asked_now.set()
 
     def _greet(self, router: bytes, hello: RouterHello) -> None:
-        if self._hello is None:
-            return  # Silence means: not ready. The router asks again.
+        if self._hello is None:  # Silence means: not ready. The router asks again.
+            self._early.pop(router, None)
+            self._early[router] = hello, self._clock()
+            if len(self._early) > EARLY_MAX:
+                del self._early[next(iter(self._early))]
+            return
         me = self._identity
         pairs = [
             ("protocol", hello.protocol, PROTOCOL),

@@ -14,6 +14,7 @@ from router.dispatch import Dispatch
 from router.link import Link, Links
 from tests.simulation.clients import Clients
 from tests.simulation.network import HEARTBEAT_S, SimChannel, Way, Wire, WireOwner
+from tests.simulation.plan import MODEL
 from tests.simulation.processes import Process
 from tests.simulation.violation import Violation
 from tests.simulation.watch import Watch
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from workers.engines.base import CacheChange, EngineFacts, OnStep
     from workers.engines.sim_blocks import Handoffs
 
-MODEL, TOKENIZER = "model digest", "tokenizer digest"
+TOKENIZER = "tokenizer digest"
 REFUSED = Refused.__name__.encode()
 DRAIN_SLACK_S = 0.2
 """A drain looks every 50 ms whether it is over."""
@@ -91,7 +92,7 @@ class Life:
         self._network = network
         self.engine = FrailEngine(SimEngine(plan.settings, epoch, handoffs), self.engine_process)
         identity = Identity(
-            plan.worker_id, epoch, plan.role, "sim", MODEL, TOKENIZER, plan.settings.lease_s
+            plan.worker_id, epoch, plan.role, "sim", plan.model, TOKENIZER, plan.settings.lease_s
         )
         self.worker = Worker(self.engine, identity, Metrics(), network.loop.time)
         self.watch = Watch(self.worker)
@@ -237,8 +238,8 @@ class SimLink(Link, WireOwner):
 class SimLinks(Links):
     """`Links` over the simulated network."""
 
-    def __init__(self, network: Network, process: Process, dispatch: Dispatch) -> None:
-        facts = RouterFacts(process.name, "sim", TOKENIZER, MODEL, max_model_len=1)
+    def __init__(self, network: Network, process: Process, dispatch: Dispatch, model: str) -> None:
+        facts = RouterFacts(process.name, "sim", TOKENIZER, model, max_model_len=1)
         super().__init__([], facts, dispatch)
         self.network = network
         self.process = process
@@ -250,7 +251,8 @@ class SimLinks(Links):
 class RouterHost:
     """One router's process: its clients, its dispatch and its links."""
 
-    def __init__(self, name: str, plan: Plan, network: Network) -> None:
+    def __init__(self, name: str, plan: Plan, network: Network, model: str = MODEL) -> None:
+        """`model`: the digest of what it serves."""
         self.name = name
         self.process = Process(name)
         self.over = False
@@ -266,7 +268,7 @@ class RouterHost:
             self._send, self.clients, network.loop.time, reserve=reserve, policy=policy
         )
         self.clients.dispatch = self.dispatch
-        self.links = SimLinks(network, self.process, self.dispatch)
+        self.links = SimLinks(network, self.process, self.dispatch, model)
         for worker in plan.workers:
             self.links.connect(worker.worker_id)
         self.task = network.loop.create_task(self.links.run(), context=self.process.context)
@@ -324,9 +326,19 @@ class RouterHost:
             if view is None or (begins and view.load.draining):
                 raise Violation(f"{message.request_id} is placed on {worker_id}, which goes")
             self._count(message)
+            self._pairs(message)
             self.said.add(message.request_id)
             self.worked_for.add(message.request_id.split("/")[0])
         self.links.send(worker_id, message)
+
+    def _pairs(self, message: Generate) -> None:
+        """KV is computed for those only who can read it."""
+        state = self.dispatch._by_wire[message.request_id].state
+        if isinstance(state, Prefilling) and message.phase is Phase.PREFILL:
+            sender, receiver = (self.dispatch.fleet.get(w) for w in (state.prefill, state.decode))
+            sides = [(v.hello.kv_digest, v.hello.model_digest) for v in (sender, receiver) if v]
+            if len(sides) < 2 or sides[0] != sides[1]:
+                raise Violation(f"{message.request_id} would go from {sender} to {receiver}")
 
     def _count(self, message: Generate) -> None:
         state = self.dispatch._by_wire[message.request_id].state
