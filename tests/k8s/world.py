@@ -145,7 +145,7 @@ class World:
         """Until all of these have served something that begins from now on."""
         began = asyncio.get_running_loop().time()
         async with asyncio.timeout(WAIT_S):
-            while set(names) - set(await load.used(self.client, began, inf)):
+            while set(names) - set(await load.used(self.client, began, inf)):  # noqa: ASYNC110
                 await asyncio.sleep(0.2)
 
     async def _known(self, pod: Pod) -> set[str]:

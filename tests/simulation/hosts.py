@@ -42,13 +42,16 @@ DRAIN_SLACK_S = 0.2
 class FrailEngine:
     """The simulated engine in a thread, so to say, of its own; it can hang, and fail requests."""
 
-    def __init__(self, engine: SimEngine, process: Process) -> None:
+    def __init__(self, engine: SimEngine, process: Process, load_s: float) -> None:
         self.failing = False
+        self._load_s = load_s
         self._engine = engine
         self._process = process
         self._on_step: OnStep
 
     async def start(self) -> EngineFacts:
+        if self._load_s:
+            await asyncio.sleep(self._load_s)
         return await self._engine.start()
 
     async def run(self, on_step: OnStep) -> None:
@@ -90,7 +93,8 @@ class Life:
         self.draining = False
         self.stopped_s = 0.0
         self._network = network
-        self.engine = FrailEngine(SimEngine(plan.settings, epoch, handoffs), self.engine_process)
+        engine = SimEngine(plan.settings, epoch, handoffs)
+        self.engine = FrailEngine(engine, self.engine_process, plan.load_s)
         identity = Identity(
             plan.worker_id, epoch, plan.role, "sim", plan.model, TOKENIZER, plan.settings.lease_s
         )

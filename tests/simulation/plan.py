@@ -77,6 +77,8 @@ class WorkerPlan:
     settings: SimSettings
     model: str = MODEL
     """Its digest."""
+    load_s: float = 0.0
+    """How long its engine takes to load."""
 
 
 @dataclass(frozen=True, slots=True)

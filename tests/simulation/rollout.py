@@ -197,10 +197,10 @@ class Site:
             self._say("disconnect", name)
             host = self._host(new)
         self.hosts[new.worker_id] = host
-        await asyncio.sleep(self._rng.uniform(0.2, 2.0))
+        await asyncio.sleep(self._rng.uniform(0.2, 1.0))
         host.start()
-        # An engine takes longer to load than a router to dial again.
-        await asyncio.sleep(REDIAL_S + self._rng.uniform(0.1, 0.5))
+        await self._until(lambda: _is_up(host), f"{new.worker_id} to be ready")
+        await asyncio.sleep(self._rng.uniform(0.01, 0.1))
         told_at = self._say("connect", new.worker_id)
         # The next one's turn comes when this one is ready; routers may learn of it later.
         await asyncio.sleep(max(0.0, told_at - self.loop.time()) if self._rng.random() < 0.8 else 0)
@@ -215,7 +215,8 @@ class Site:
             case Change.MODEL:
                 model = "new"
         name = old.worker_id if self.rollout.in_place else f"{old.worker_id}-new"
-        return WorkerPlan(name, old.role, settings, model)
+        # Longer than a router takes to dial again.
+        return WorkerPlan(name, old.role, settings, model, REDIAL_S + self._rng.uniform(0.1, 2.0))
 
     def _say(self, what: str, address: str) -> float:
         """Discovery's word reaches each router when it does, in order; when the last has it."""
@@ -275,6 +276,10 @@ class Site:
         kinds = {v.family for v in views}
         if len(kinds) != 1 or not any(v.computes for v in views):
             raise Violation(f"of one version are not {views}")
+
+
+def _is_up(host: WorkerHost) -> bool:
+    return host.life is not None and host.life.worker.ready is None
 
 
 def _is_ready(router: RouterHost) -> bool:
