@@ -171,6 +171,8 @@ async def _until_stopped(stop: asyncio.Event, worker: Worker, drain: Drain) -> N
     try:
         # Whoever asks a second time means now.
         await asyncio.wait({last, again}, return_when=asyncio.FIRST_COMPLETED)
+        if not last.done():
+            drain.call_off()
     finally:
         last.cancel()
         again.cancel()

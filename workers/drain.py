@@ -64,6 +64,10 @@ class Drain:
             self._worker.rest(False)
         return True
 
+    def call_off(self) -> None:
+        """The process ends at once: nobody need wait."""
+        self._until = None
+
     async def forget_unused(self) -> None:
         """Take back what nobody came for. Until cancelled."""
         while True:
@@ -77,5 +81,5 @@ class Drain:
         while (left := self._worker.left) and self._clock() < until:
             await asyncio.sleep(_LOOK_S)
             if self._until != until:
-                return "the drain was taken back"
+                return "the drain was called off"
         return left

@@ -164,7 +164,7 @@ def test_a_drain_that_is_taken_back_is_over_for_all_who_wait() -> None:
         asked = asyncio.create_task(here.drain.ask())
         await asyncio.sleep(0.1)
         assert here.drain.take_back()
-        assert await asked == "the drain was taken back"
+        assert await asked == "the drain was called off"
         assert here.worker.ready is None
         here.asks("new")
         await asyncio.sleep(1)
