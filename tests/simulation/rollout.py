@@ -50,9 +50,12 @@ class Rollout:
     """Of the old workers."""
     told_s: tuple[float, float]
     """Within which routers learn what discovery says; above a second now and then."""
+    flap_at: float | None
+    """When, for a while, every endpoint seems to be out of service."""
 
     def describe(self) -> str:
         how = "in place" if self.in_place else "replaced"
+        how += "" if self.flap_at is None else f", all out of service at {self.flap_at:.1f} s"
         return f"{self.change}, {how}: {', '.join(self.order)}; {self.plan.describe()}"
 
 
@@ -90,7 +93,9 @@ def make_rollout(seed: int) -> Rollout:
         rng.choice(list(Disaggregate)),
     )
     late_s = rng.choice((0.05, 0.05, 1.5))
-    return Rollout(seed, plan, change, rng.random() < 0.5, tuple(order), (0.0, late_s))
+    flaps = random.Random(f"{seed}/flap")
+    flap_at = flaps.uniform(1.0, span_s) if flaps.random() < 0.3 else None
+    return Rollout(seed, plan, change, rng.random() < 0.5, tuple(order), (0.0, late_s), flap_at)
 
 
 def _calls(rng: random.Random, span_s: float) -> list[Call]:
@@ -147,6 +152,9 @@ class Site:
             host.start()
         for call in self.rollout.plan.calls:
             self.loop.call_at(call.at, self._ask, call)
+        if self.rollout.flap_at is not None:
+            self.loop.call_at(self.rollout.flap_at, self._flap, "rest")
+            self.loop.call_at(self.rollout.flap_at + 3.0, self._flap, "connect")
         await asyncio.sleep(2.0)
         for name in self.rollout.order:
             if self.rollout.change is Change.MODEL:
@@ -217,6 +225,10 @@ class Site:
         name = old.worker_id if self.rollout.in_place else f"{old.worker_id}-new"
         # Longer than a router takes to dial again.
         return WorkerPlan(name, old.role, settings, model, REDIAL_S + self._rng.uniform(0.1, 2.0))
+
+    def _flap(self, what: str) -> None:
+        for name in self.hosts:
+            self._say(what, name)
 
     def _say(self, what: str, address: str) -> float:
         """Discovery's word reaches each router when it does, in order; when the last has it."""
