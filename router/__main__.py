@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-import uvicorn
 import uvloop
 import zmq
 
@@ -27,6 +26,7 @@ from router.core.placement import EstimatePolicy
 from router.discover import follow, make_source
 from router.dispatch import Dispatch
 from router.journal import Journal
+from router.leaving import Departure, LeavingServer
 from router.link import Curve, Links
 from router.metrics import CacheMetrics, DemandMetrics, Metrics, QueueMetrics
 from router.settings import RouterSettings
@@ -129,7 +129,7 @@ async def _serve(
     ways: Ways,
 ) -> None:
     from router.engine import DisaggregatedEngine
-    from router.front import build_front, front_config
+    from router.front import VLLM_VERSION, build_front, front_config
 
     config = front_config(front)
     engine = DisaggregatedEngine(config)
@@ -139,6 +139,7 @@ async def _serve(
         model_digest=digests[0],
         tokenizer_digest=digests[1],
         max_model_len=config.model_config.max_model_len,
+        vllm_version=VLLM_VERSION,
     )
 
     def send(worker_id: str, message: ToWorker) -> None:
@@ -155,20 +156,19 @@ async def _serve(
     DemandMetrics(dispatch)
     engine.attach(dispatch)
     links = Links(settings.workers or (), facts, dispatch, ways.curve)
-    app = await build_front(engine, links, dispatch, front)
+    departure = Departure()
+    app = await build_front(engine, links, dispatch, departure, front)
     # What is here now stays. Looked through again it would hold all streams up, for 280 ms.
     gc.collect()
     gc.freeze()
-    server = _Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
-    )
+    server = LeavingServer(app, departure, settings.drain_s)
     app.state.server = server
     if settings.address_file:
         http = f"http://{settings.host}:{listener.getsockname()[1]}"
         write_addresses(settings.address_file, channel=None, http=http)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.leave)
+    loop.add_signal_handler(signal.SIGTERM, server.leave, settings.notice_s)
+    loop.add_signal_handler(signal.SIGINT, server.leave, 0.0)  # A person has no balancer.
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(links.run())]
         if ways.source is not None:
@@ -178,13 +178,6 @@ async def _serve(
         for task in running:
             task.cancel()
     engine.shutdown()
-
-
-class _Server(uvicorn.Server):
-    def leave(self) -> None:
-        """Finish what streams, for a while; the second time, at once."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
 
 
 if __name__ == "__main__":

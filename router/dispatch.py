@@ -114,7 +114,7 @@ class Dispatch:
 
     def is_on(self, worker_id: str) -> bool:
         """Some live request computes, decodes or has its KV there."""
-        return any(worker_id in live.counted_on for live in self._live.values())
+        return any(life.is_on(live.state, worker_id) for live in self._live.values())
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """The client is gone. Unknown ids are ignored."""
@@ -146,12 +146,14 @@ class Dispatch:
 
     def on_lost(self, worker_id: str, reason: str) -> None:
         """A worker is gone, and with it whatever it held."""
-        if self.fleet.get(worker_id) is None:
+        view = self.fleet.remove(worker_id)
+        if view is None:
             return
-        self.fleet.remove(worker_id)
         self.caches.leave(worker_id)
         now = self._clock()
-        log.warning("worker lost", extra={"worker": worker_id, "reason": reason})
+        left = view.departing and not self.is_on(worker_id)
+        what = {"worker": worker_id, "reason": reason}
+        log.info("worker left", extra=what) if left else log.warning("worker lost", extra=what)
         for live in list(self._live.values()):
             self._advance(live, life.Lost(worker_id, reason), now)
 

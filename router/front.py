@@ -6,6 +6,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import vllm
 from starlette.exceptions import HTTPException
 from starlette.requests import Request  # noqa: TC002  # FastAPI reads the annotation.
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
     from router.dispatch import Dispatch
     from router.engine import DisaggregatedEngine
     from router.journal import Record
+    from router.leaving import Departure
     from router.link import Links
 
 _TASKS = ("generate",)
+VLLM_VERSION: str = vllm.__version__
 
 
 def front_args(model: str, flags: list[str]) -> argparse.Namespace:
@@ -63,7 +66,11 @@ def front_config(args: argparse.Namespace) -> VllmConfig:
 
 
 async def build_front(
-    engine: DisaggregatedEngine, links: Links, dispatch: Dispatch, args: argparse.Namespace
+    engine: DisaggregatedEngine,
+    links: Links,
+    dispatch: Dispatch,
+    departure: Departure,
+    args: argparse.Namespace,
 ) -> FastAPI:
     """The whole HTTP application."""
     _check_conversations(engine.renderer, args.chat_template)
@@ -79,7 +86,7 @@ async def build_front(
     app.middleware_stack = None
     app.add_middleware(AskerMiddleware)
     app.dependency_overrides[validate_json_request] = _check_json
-    _add_routes(app, links, dispatch)
+    _add_routes(app, links, dispatch, departure)
     return app
 
 
@@ -137,7 +144,7 @@ def _check_conversations(renderer: Any, chat_template: str | None) -> None:
     renderer.render_chat_async = checked
 
 
-def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch) -> None:
+def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch, departure: Departure) -> None:
     async def requests(request: Request) -> Response:
         found = dispatch.journal.find(request.path_params["name"])
         if not found:
@@ -155,7 +162,7 @@ def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch) -> None:
         )
 
     async def readyz(_: Request) -> Response:
-        trouble = _not_ready(dispatch)
+        trouble = "leaving" if departure.begun else _not_ready(dispatch)
         return PlainTextResponse(trouble or "ok", 503 if trouble else 200)
 
     app.add_route("/tandem/requests/{name}", requests)

@@ -69,7 +69,7 @@ class Link:
         self.worker_id: str | None = None
         self.refused: str | None = None
         self.resting = False
-        """Its worker gets no new requests."""
+        """Its worker gets no new requests while another can."""
         self.leaving = False
         """It is closed as soon as no request of ours is on its worker."""
         self._deaf = False
@@ -121,7 +121,7 @@ class Link:
         """Give its worker no new requests, or some again."""
         self.resting = resting
         if self.worker_id is not None:
-            self._links.dispatch.fleet.rest(self.worker_id, resting)
+            self._links.dispatch.fleet.rest(self.worker_id, resting, leaving=self.leaving)
 
     def beat(self) -> None:
         """Once a second: hello until there is an answer, then a sign of life."""
@@ -194,7 +194,7 @@ class Link:
         self.worker_id = hello.worker_id
         self._links.dispatch.on_hello(hello)
         if self.resting:
-            self._links.dispatch.fleet.rest(hello.worker_id, True)
+            self.rest(True)
 
     def _refuse(self, reason: str) -> None:
         if reason != self.refused:
@@ -273,7 +273,7 @@ class Links:
             link.rest(False)
 
     def rest(self, address: str) -> None:
-        """Give the worker there no new requests. An unknown address is ignored."""
+        """Give the worker there no new requests while others can. An unknown address is ignored."""
         if link := self._links.get(address):
             link.rest(True)
 

@@ -81,6 +81,10 @@ class RouterSettings(BaseSettings):
     address_file: FileToWrite | None = Field(
         None, description="where its address is written once the socket is bound"
     )
+    notice_s: float = Field(
+        0, ge=0, le=3600, description="how long SIGTERM lets it take requests, not ready"
+    )
+    drain_s: Seconds = Field(30, description="how long it then waits for what streams, in seconds")
     reserve: Reserve = Field(
         Reserve.AT_LAST_STEP, description="when the decode worker sets blocks aside for a prompt"
     )

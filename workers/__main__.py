@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import uuid
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ import zmq
 from workers.addresses import write_addresses
 from workers.channel import Channel
 from workers.digests import model_digest, tokenizer_digest
+from workers.drain import Drain
 from workers.engines.base import EngineDead
 from workers.flags import read_settings
 from workers.http import HttpSide
@@ -118,7 +120,8 @@ async def _serve(
     worker = Worker(engine, identity, metrics)
     channel = Channel(settings.host, settings.port, worker, keys)
     worker.attach(channel)
-    http = HttpSide(settings.host, settings.http_port, worker, metrics)
+    drain = Drain(worker, settings.drain_s, time.monotonic)
+    http = HttpSide(settings.host, settings.http_port, worker, metrics, drain)
     if settings.address_file:
         write_addresses(settings.address_file, channel=channel.address, http=http.address)
     loop = asyncio.get_running_loop()
@@ -129,10 +132,14 @@ async def _serve(
         async with asyncio.TaskGroup() as tasks:
             running = [
                 tasks.create_task(worker.run()),
-                tasks.create_task(http.run()),
+                tasks.create_task(drain.forget_unused()),
                 tasks.create_task(_limit_loading(worker, settings.load_s)),
             ]
-            tasks.create_task(_until_stopped(stop, worker, settings.drain_s, running))
+            tasks.create_task(http.run())
+            await _until_stopped(stop, worker, drain)
+            for task in running:
+                task.cancel()
+            http.leave()
     finally:
         engine.close()
         channel.close()
@@ -153,23 +160,22 @@ def _leave_loading(status: int) -> None:
     os._exit(status)
 
 
-async def _until_stopped(
-    stop: asyncio.Event, worker: Worker, drain_s: float, running: list[asyncio.Task[None]]
-) -> None:
+async def _until_stopped(stop: asyncio.Event, worker: Worker, drain: Drain) -> None:
     await stop.wait()
     if worker.loading:
         log.info("stopped while loading")
         _leave_loading(0)
-    if worker.ready is None:
-        stop.clear()
-        drain = asyncio.ensure_future(worker.drain(drain_s))
-        again = asyncio.ensure_future(stop.wait())
+    stop.clear()
+    last = asyncio.ensure_future(drain.finish())
+    again = asyncio.ensure_future(stop.wait())
+    try:
         # Whoever asks a second time means now.
-        await asyncio.wait({drain, again}, return_when=asyncio.FIRST_COMPLETED)
-        drain.cancel()
+        await asyncio.wait({last, again}, return_when=asyncio.FIRST_COMPLETED)
+        if not last.done():
+            drain.call_off()
+    finally:
+        last.cancel()
         again.cancel()
-    for task in running:
-        task.cancel()
 
 
 if __name__ == "__main__":

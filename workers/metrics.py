@@ -56,6 +56,9 @@ class Metrics:
             "prefill_tokens_queued": Gauge(
                 "tandem_worker_prefill_tokens_queued", "Uncomputed tokens", registry=registry
             ),
+            "draining": Gauge(
+                "tandem_worker_draining", "It takes nothing new, 0 or 1", registry=registry
+            ),
             # The names that the Gateway API inference extension scrapes.
             "running": Gauge("vllm:num_requests_running", "Running", registry=registry),
             "waiting": Gauge("vllm:num_requests_waiting", "Waiting", registry=registry),

@@ -46,6 +46,9 @@ HELD_UP_S: Final = 1.0
 STALL_S: Final = 60.0
 """Busy without a step for this long is dead."""
 
+EARLY_MAX: Final = 1000
+"""Hellos kept while the engine loads; the oldest go first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -93,6 +96,8 @@ class Worker:
         self._routers: dict[bytes, _Router] = {}
         self._owners: dict[str, bytes] = {}
         self._mirror = CacheMirror()
+        self._early: dict[bytes, tuple[RouterHello, float]] = {}
+        """Who said hello while the engine loads, last, and when: they are answered when it has."""
         self._asked: dict[bytes, None] = {}
         """Routers that are to be told all of the cache, in turn."""
         self._asked_now = asyncio.Event()
@@ -136,21 +141,32 @@ class Worker:
         facts = await self._engine.start()
         self._hello = self._make_hello(facts)
         log.info("ready", extra={"worker": self._identity.worker_id, "kv": facts.kv_digest})
+        # Before anybody acts upon that: a rollout takes the next one away as soon as we are ready.
+        early, self._early = self._early, {}
+        for router, (hello, at) in early.items():
+            if self._clock() - at < SILENCE_S:  # It would have said it again by now.
+                self._greet(router, hello)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._engine.run(self._on_step))
             tasks.create_task(self._tick())
             tasks.create_task(self._tell_caches())
 
-    async def drain(self, seconds: float) -> None:
-        """Take nothing more; return when nothing runs and no lease is open, or time is over.
+    def rest(self, draining: bool) -> None:
+        """Take nothing more, or take work again; what runs goes on either way."""
+        self._draining = draining
+        for router in list(self._routers):  # At once: what they send meanwhile is sent in vain.
+            self._send(router, self._batch(router, self.load, []))
 
-        What still runs then is handed back: its routers try it elsewhere.
-        """
-        self._draining = True
-        until = self._clock() + seconds
-        # Polled: leases end in another process, which tells of it only by its steps.
-        while (self._owners or self.load.leases_open) and self._clock() < until:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+    @property
+    def left(self) -> str | None:
+        """What keeps it from going; None when nothing runs and no lease is open."""
+        leases = 0 if self.loading else self.load.leases_open
+        if not self._owners and not leases:
+            return None
+        return f"requests that run: {len(self._owners)}, open leases: {leases}"
+
+    def hand_back(self) -> None:
+        """End what still runs: its routers try it elsewhere."""
         left = list(self._owners)
         self._engine.abort(left)
         deltas = [Delta(r, [], Finish.ERROR, error="the worker is shutting down") for r in left]
@@ -195,8 +211,12 @@ class Worker:
                 self._asked_now.set()
 
     def _greet(self, router: bytes, hello: RouterHello) -> None:
-        if self._hello is None:
-            return  # Silence means: not ready. The router asks again.
+        if self._hello is None:  # Silence means: not ready. The router asks again.
+            self._early.pop(router, None)
+            self._early[router] = hello, self._clock()
+            if len(self._early) > EARLY_MAX:
+                del self._early[next(iter(self._early))]
+            return
         me = self._identity
         pairs = [
             ("protocol", hello.protocol, PROTOCOL),

@@ -33,7 +33,7 @@ class WorkerSettings(BaseSettings):
     )
     load_s: Seconds = Field(1800.0, description="how long loading may take, in seconds")
     lease_s: Seconds = Field(30.0, description="how long KV is kept unread, in seconds")
-    drain_s: Seconds = Field(30.0, description="how long SIGTERM waits, in seconds")
+    drain_s: Seconds = Field(30.0, description="how long a drain waits, in seconds")
     kv_connector: Literal["tandem", "nixl", "none"] = Field(
         "tandem", description="how KV is handed off"
     )

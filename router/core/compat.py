@@ -23,6 +23,9 @@ class RouterFacts:
     model_digest: str | None
     max_model_len: int
     """Tokens, prompt and output together."""
+    vllm_version: str | None = None
+    """The front's. Requests travel in vLLM's own encoding, which has no names and no version: of
+    another release they would be misread, and clients told that they are wrong."""
 
 
 def refusal(router: RouterFacts, worker: WorkerHello) -> str | None:
@@ -32,6 +35,9 @@ def refusal(router: RouterFacts, worker: WorkerHello) -> str | None:
         ("tokenizer digest", router.tokenizer_digest, worker.tokenizer_digest),
         ("model digest", router.model_digest, worker.model_digest),
     ]
+    if worker.engine == "vllm" and router.vllm_version is not None:
+        releases = _release(router.vllm_version), _release(worker.engine_version)
+        pairs.append(("vLLM version", *releases))
     for what, ours, theirs in pairs:
         if ours is not None and ours != theirs:
             return (
@@ -45,6 +51,11 @@ def refusal(router: RouterFacts, worker: WorkerHello) -> str | None:
             f"{router.router_id} {router.max_model_len}: start both with the same --max-model-len"
         )
     return None
+
+
+def _release(version: str) -> str:
+    """Without what it was built for: a router has the CPU's build and its workers the GPU's."""
+    return version.partition("+")[0]
 
 
 def can_hand_off(sender: WorkerHello, receiver: WorkerHello) -> bool:

@@ -64,7 +64,11 @@ class WorkerView:
     weighed: int = field(init=False, default=0)
     """How often all this was worked out: it has changed when this has."""
     resting: bool = field(init=False, default=False)
-    """It gets no new requests, whatever it says itself: it is about to leave."""
+    """We were told that it is out of service: it gets new requests only if nobody else can."""
+    leaving: bool = field(init=False, default=False)
+    """We were told that it is gone: it gets none, whatever it says itself."""
+    last_resort: bool = field(init=False, default=False)
+    """Nobody who is in service generates."""
     _unheard_tokens: int = 0
     _promised_blocks: int = 0
 
@@ -117,15 +121,27 @@ class WorkerView:
             self._promised_blocks -= blocks or 0
             self._weigh()
 
-    def rest(self, resting: bool) -> None:
+    def rest(self, resting: bool, leaving: bool) -> None:
         """Give it no new requests, or give it some again."""
-        self.resting = resting
+        self.resting, self.leaving = resting, leaving
         self._weigh()
+
+    def resort(self, last: bool) -> None:
+        """Whether it is all that there is."""
+        if last is not self.last_resort:
+            self.last_resort = last
+            self._weigh()
+
+    @property
+    def departing(self) -> bool:
+        """It said so itself, or we were told: that it goes is no surprise."""
+        return self.load.draining or self.resting
 
     def _weigh(self) -> None:
         self.weighed += 1
         hello, load, rates = self.hello, self.load, self.rates
-        accepts = () if load.draining or self.resting else ACCEPTS[hello.role]
+        rests = self.leaving or (self.resting and not self.last_resort)
+        accepts = () if load.draining or rests else ACCEPTS[hello.role]
         self.computes, self.generates = Phase.PREFILL in accepts, Phase.DECODE in accepts
         base, token_s, _, stream_s, context_s = rates.step.rates
         streams = 0
@@ -159,19 +175,38 @@ class Fleet:
         load = Load(0, False, 0, 0, 0, hello.blocks_total, hello.blocks_total, 0)
         rates = Rates([w.rates for w in self if w.hello.role is hello.role])
         self._views[hello.worker_id] = WorkerView(hello, load, now, now, rates)
+        self._resort()
 
     def report(self, worker_id: str, load: Load, heard: int, now: float) -> None:
         """A worker's load arrived. Of an unknown worker it is ignored: it was lost meanwhile."""
         if view := self._views.get(worker_id):
+            drained = view.load.draining
             view.report(load, heard, now)
+            if load.draining is not drained:
+                self._resort()
 
-    def rest(self, worker_id: str, resting: bool) -> None:
-        """Give a worker no new requests, or some again. An unknown one is ignored."""
+    def rest(self, worker_id: str, resting: bool, *, leaving: bool = False) -> None:
+        """Give a worker no new requests, or some again. An unknown one is ignored.
+
+        One that rests and does not leave is asked all the same while nobody else generates: who
+        told us may err or be late, and what the worker says itself is the proof.
+        """
         if view := self._views.get(worker_id):
-            view.rest(resting)
+            view.rest(resting, leaving)
+            self._resort()
 
-    def remove(self, worker_id: str) -> None:
-        self._views.pop(worker_id, None)
+    def remove(self, worker_id: str) -> WorkerView | None:
+        """What was known of it; None of an unknown one."""
+        view = self._views.pop(worker_id, None)
+        self._resort()
+        return view
+
+    def _resort(self) -> None:
+        generating = any(
+            Phase.DECODE in ACCEPTS[view.hello.role] and not view.departing for view in self
+        )
+        for view in self:
+            view.resort(not generating)
 
     def dead(self, now: float) -> list[tuple[str, str]]:
         """Workers to give up, each with the reason: silent, or busy without stepping."""

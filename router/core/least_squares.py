@@ -38,9 +38,9 @@ class LeastSquares:
 
     __slots__ = ("_gradient", "_information", "_usual_errors", "rates", "samples")
 
-    def __init__(self, prior: Sequence[float]) -> None:
-        """`prior`: a first guess, above zero."""
-        self.rates = list(prior)
+    def __init__(self, prior: Sequence[float], rates: Sequence[float] | None = None) -> None:
+        """`prior`: a first guess, above zero. `rates`: a better one, where there is one."""
+        self.rates = list(prior if rates is None else rates)
         self.samples = 0
         self._usual_errors: dict[tuple[bool, ...], float] = {}
         """Relative, by which rates have part in a sample: a thousand steps of one kind that fit say

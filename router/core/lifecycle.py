@@ -109,6 +109,17 @@ class Ended:
 
 State = Waiting | Placing | Prefilling | Decoding | Ended
 
+
+def is_on(state: State, worker: str) -> bool:
+    """It would be touched by the worker's going: it computes or decodes there, or has KV there."""
+    match state:
+        case Prefilling():
+            return worker in (state.prefill, state.decode)
+        case Decoding():
+            return worker == state.decode or (worker == state.prefill and state.ticket is not None)
+    return False
+
+
 # ------------------------------------------------------------------------- events
 
 

@@ -32,8 +32,8 @@ class Rates:
 
     def __init__(self, like: Sequence[Rates] = ()) -> None:
         """`like`: workers of its kind, whose mean it is taken for until it has shown itself."""
-        self.step = LeastSquares(_mean([r.step for r in like if r.step.samples], STEP_PRIOR))
-        self.pull = LeastSquares(_mean([r.pull for r in like if r.pull.samples], PULL_PRIOR))
+        self.step = _like([r.step for r in like if r.step.samples], STEP_PRIOR)
+        self.pull = _like([r.pull for r in like if r.pull.samples], PULL_PRIOR)
         self.context_tokens = 0.0
         self._chunk_tokens = max((r._chunk_tokens for r in like), default=0)
 
@@ -66,9 +66,10 @@ class Rates:
         self.pull.learn((1.0, size), seconds)
 
 
-def _mean(learnt: list[LeastSquares], prior: tuple[float, ...]) -> tuple[float, ...]:
-    """Of each rate; the prior's own where it was learnt as zero, for a guess is never that."""
+def _like(learnt: list[LeastSquares], prior: tuple[float, ...]) -> LeastSquares:
+    """Of each rate the mean, zero too: else a new worker seems dearer than busy ones whose streams
+    were found to cost nothing, and is never tried."""
     if not learnt:
-        return prior
+        return LeastSquares(prior)
     means = [sum(each) / len(learnt) for each in zip(*(one.rates for one in learnt), strict=True)]
-    return tuple(m or p for m, p in zip(means, prior, strict=True))
+    return LeastSquares([m or p for m, p in zip(means, prior, strict=True)], means)

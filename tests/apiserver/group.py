@@ -32,16 +32,24 @@ class Group:
         self._write(name)
         return name
 
-    def add_pod(self, slice_name: str, *, serving: bool = True, ip: str | None = None) -> str:
+    def add_pod(
+        self,
+        slice_name: str,
+        *,
+        serving: bool = True,
+        ip: str | None = None,
+        name: str | None = None,
+    ) -> str:
+        """`name`: of a pod that replaces another; else one of its own."""
         role, endpoints = self._slices[slice_name]
         self._pods += 1
-        name = f"{self.name}-{role}-{self._pods}"
+        name = name or f"{self.name}-{role}-{self._pods}"
         endpoints.append(
             {
                 "addresses": [ip or f"10.1.{self._pods // 250}.{self._pods % 250 + 1}"],
                 "conditions": {"ready": True, "serving": serving, "terminating": False},
                 "hostname": name,
-                "targetRef": {"kind": "Pod", "name": name, "uid": f"{name}-uid"},
+                "targetRef": {"kind": "Pod", "name": name, "uid": f"{name}-uid{self._pods}"},
             }
         )
         self._write(slice_name)

@@ -42,7 +42,9 @@ class Written(NamedTuple):
 class ApiServer:
     """As an asynchronous context manager it listens inside."""
 
-    def __init__(self, store: Store | None = None, *, bookmark_s: float = 60.0) -> None:
+    def __init__(
+        self, store: Store | None = None, *, bookmark_s: float = 60.0, host: str = "127.0.0.1"
+    ) -> None:
         self.store = store or Store()
         self.url = ""
         self.asked: list[tuple[float, str, dict[str, str]]] = []
@@ -62,6 +64,7 @@ class ApiServer:
         self.expiry_is_an_event = True
         self.watches: set[Watch] = set()
         self._bookmark_s = bookmark_s
+        self._host = host
         self._port = 0
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -76,9 +79,9 @@ class ApiServer:
 
     async def start(self) -> None:
         """At the port that it had before, if any."""
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port)
+        self._server = await asyncio.start_server(self._connected, self._host, self._port)
         self._port = self._server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self._port}"
+        self.url = f"http://{self._host}:{self._port}"
 
     async def stop(self) -> None:
         """All connections break."""

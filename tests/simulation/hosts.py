@@ -14,10 +14,12 @@ from router.dispatch import Dispatch
 from router.link import Link, Links
 from tests.simulation.clients import Clients
 from tests.simulation.network import HEARTBEAT_S, SimChannel, Way, Wire, WireOwner
+from tests.simulation.plan import MODEL
 from tests.simulation.processes import Process
 from tests.simulation.violation import Violation
 from tests.simulation.watch import Watch
 from workers.api import Delta, Finish, Generate, Phase, Refused, encode
+from workers.drain import Drain
 from workers.engines.sim import SimEngine
 from workers.metrics import Metrics
 from workers.server import Identity, Worker
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from workers.engines.base import CacheChange, EngineFacts, OnStep
     from workers.engines.sim_blocks import Handoffs
 
-MODEL, TOKENIZER = "model digest", "tokenizer digest"
+TOKENIZER = "tokenizer digest"
 REFUSED = Refused.__name__.encode()
 DRAIN_SLACK_S = 0.2
 """A drain looks every 50 ms whether it is over."""
@@ -40,13 +42,16 @@ DRAIN_SLACK_S = 0.2
 class FrailEngine:
     """The simulated engine in a thread, so to say, of its own; it can hang, and fail requests."""
 
-    def __init__(self, engine: SimEngine, process: Process) -> None:
+    def __init__(self, engine: SimEngine, process: Process, load_s: float) -> None:
         self.failing = False
+        self._load_s = load_s
         self._engine = engine
         self._process = process
         self._on_step: OnStep
 
     async def start(self) -> EngineFacts:
+        if self._load_s:
+            await asyncio.sleep(self._load_s)
         return await self._engine.start()
 
     async def run(self, on_step: OnStep) -> None:
@@ -88,9 +93,10 @@ class Life:
         self.draining = False
         self.stopped_s = 0.0
         self._network = network
-        self.engine = FrailEngine(SimEngine(plan.settings, epoch, handoffs), self.engine_process)
+        engine = SimEngine(plan.settings, epoch, handoffs)
+        self.engine = FrailEngine(engine, self.engine_process, plan.load_s)
         identity = Identity(
-            plan.worker_id, epoch, plan.role, "sim", MODEL, TOKENIZER, plan.settings.lease_s
+            plan.worker_id, epoch, plan.role, "sim", plan.model, TOKENIZER, plan.settings.lease_s
         )
         self.worker = Worker(self.engine, identity, Metrics(), network.loop.time)
         self.watch = Watch(self.worker)
@@ -115,7 +121,7 @@ class Life:
         """What `workers.__main__` does on SIGTERM."""
         loop = self._network.loop
         began, stopped_s = loop.time(), self.stopped_s
-        await self.worker.drain(limit_s)
+        await Drain(self.worker, limit_s, loop.time).finish()
         took = loop.time() - began - (self.stopped_s - stopped_s)
         if took > limit_s + DRAIN_SLACK_S:
             raise Violation(f"the drain of {self.epoch} took {took:.2f} s of {limit_s:.2f} s")
@@ -236,8 +242,8 @@ class SimLink(Link, WireOwner):
 class SimLinks(Links):
     """`Links` over the simulated network."""
 
-    def __init__(self, network: Network, process: Process, dispatch: Dispatch) -> None:
-        facts = RouterFacts(process.name, "sim", TOKENIZER, MODEL, max_model_len=1)
+    def __init__(self, network: Network, process: Process, dispatch: Dispatch, model: str) -> None:
+        facts = RouterFacts(process.name, "sim", TOKENIZER, model, max_model_len=1)
         super().__init__([], facts, dispatch)
         self.network = network
         self.process = process
@@ -249,7 +255,8 @@ class SimLinks(Links):
 class RouterHost:
     """One router's process: its clients, its dispatch and its links."""
 
-    def __init__(self, name: str, plan: Plan, network: Network) -> None:
+    def __init__(self, name: str, plan: Plan, network: Network, model: str = MODEL) -> None:
+        """`model`: the digest of what it serves."""
         self.name = name
         self.process = Process(name)
         self.over = False
@@ -265,7 +272,7 @@ class RouterHost:
             self._send, self.clients, network.loop.time, reserve=reserve, policy=policy
         )
         self.clients.dispatch = self.dispatch
-        self.links = SimLinks(network, self.process, self.dispatch)
+        self.links = SimLinks(network, self.process, self.dispatch, model)
         for worker in plan.workers:
             self.links.connect(worker.worker_id)
         self.task = network.loop.create_task(self.links.run(), context=self.process.context)
@@ -323,9 +330,19 @@ class RouterHost:
             if view is None or (begins and view.load.draining):
                 raise Violation(f"{message.request_id} is placed on {worker_id}, which goes")
             self._count(message)
+            self._pairs(message)
             self.said.add(message.request_id)
             self.worked_for.add(message.request_id.split("/")[0])
         self.links.send(worker_id, message)
+
+    def _pairs(self, message: Generate) -> None:
+        """KV is computed for those only who can read it."""
+        state = self.dispatch._by_wire[message.request_id].state
+        if isinstance(state, Prefilling) and message.phase is Phase.PREFILL:
+            sender, receiver = (self.dispatch.fleet.get(w) for w in (state.prefill, state.decode))
+            sides = [(v.hello.kv_digest, v.hello.model_digest) for v in (sender, receiver) if v]
+            if len(sides) < 2 or sides[0] != sides[1]:
+                raise Violation(f"{message.request_id} would go from {sender} to {receiver}")
 
     def _count(self, message: Generate) -> None:
         state = self.dispatch._by_wire[message.request_id].state

@@ -12,6 +12,7 @@ from workers.api import Role
 from workers.engines.sim_settings import SimSettings
 
 FIRST_FAULT_S = 2.0
+MODEL = "model digest"
 ROOMY_TOKENS = 5000
 
 
@@ -74,6 +75,10 @@ class WorkerPlan:
     worker_id: str
     role: Role
     settings: SimSettings
+    model: str = MODEL
+    """Its digest."""
+    load_s: float = 0.0
+    """How long its engine takes to load."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,8 @@ class Watch:
     def send(self, router: bytes, message: ToRouter) -> bool:
         sent = self._channel.send(router, message)
         if sent and isinstance(message, Refused):
-            if self._silent_s < SILENCE_S:
+            forgot = "say hello first" in message.reason  # Else it can't serve that router at all.
+            if forgot and self._silent_s < SILENCE_S:
                 raise Violation(f"a router that spoke {self._silent_s:.1f} s ago was given up")
             self._heard_at.pop(router)
         if not sent or isinstance(message, Refused):

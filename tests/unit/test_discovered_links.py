@@ -13,7 +13,9 @@ from router.ask import Ask
 from router.core.errors import NoWorkers
 from router.discover import Follower
 from tests.unit.test_curve import Router, router, until
+from tests.unit.test_dispatch import hello
 from tests.unit.test_worker_channel import FAST, place, run
+from workers.api import Role
 
 OUTPUTS = 300
 """Two milliseconds each."""
@@ -30,13 +32,23 @@ async def refuses(here: Router) -> None:
         here.dispatch.submit(Ask(f"r{time.monotonic()}", [1, 2, 3], 4))
 
 
+async def is_spared(here: Router) -> None:
+    """What is asked now goes to another, as soon as there is one."""
+    fleet, name = here.dispatch.fleet, f"r{time.monotonic()}"
+    fleet.join(hello("other", Role.MIXED), time.monotonic())
+    here.dispatch.submit(Ask(name, [1, 2, 3], 4))
+    assert here.dispatch.journal.find(name)[-1].decode_worker == "other"
+    here.dispatch.cancel([name])
+    fleet.remove("other")
+
+
 async def starts(here: Router) -> None:
     here.tokens.clear()
     here.dispatch.submit(Ask(f"long{time.monotonic()}", [1, 2, 3], OUTPUTS))
     await until(lambda: len(here.tokens) > 3)
 
 
-def test_a_ready_peer_is_served_and_a_draining_one_gets_nothing_new() -> None:
+def test_a_ready_peer_is_served_and_a_draining_one_is_spared() -> None:
     async def test() -> None:
         async with place(config=FAST) as worker, router(None) as here:
             address = worker.channel.address
@@ -47,7 +59,7 @@ def test_a_ready_peer_is_served_and_a_draining_one_gets_nothing_new() -> None:
             await here.is_served()
             await starts(here)
             tell(here, address, Kind.DRAINING)
-            await refuses(here)
+            await is_spared(here)
             await until(lambda: len(here.tokens) == OUTPUTS)
             assert here.knows == ["w1"]
             tell(here, address, Kind.READY)
@@ -56,7 +68,7 @@ def test_a_ready_peer_is_served_and_a_draining_one_gets_nothing_new() -> None:
     run(test())
 
 
-def test_a_draining_worker_that_is_greeted_anew_still_gets_nothing() -> None:
+def test_a_draining_worker_that_is_greeted_anew_is_still_spared() -> None:
     async def test() -> None:
         async with place() as worker, router(None) as here:
             address = worker.channel.address
@@ -66,6 +78,22 @@ def test_a_draining_worker_that_is_greeted_anew_still_gets_nothing() -> None:
             [link] = here.links
             link.lost("cut")
             await until(lambda: here.knows == ["w1"])
+            await is_spared(here)
+
+    run(test())
+
+
+def test_a_draining_worker_serves_while_nobody_else_does_unless_it_drains_by_its_own_word() -> None:
+    """Probes of a whole fleet fail at once, and discovery is late when the last comes back."""
+
+    async def test() -> None:
+        async with place() as worker, router(None) as here:
+            tell(here, worker.channel.address, Kind.READY)
+            await here.is_served()
+            tell(here, worker.channel.address, Kind.DRAINING)
+            await here.is_served()
+            worker.worker.rest(True)
+            await until(lambda: here.dispatch.fleet.get("w1").load.draining)
             await refuses(here)
 
     run(test())

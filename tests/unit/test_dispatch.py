@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import pytest
@@ -113,6 +114,51 @@ def test_a_client_that_leaves_is_aborted_where_it_runs() -> None:
     f.say("p", Delta("r/p", [], Finish.PREFILLED, ticket=b"t"))
     f.dispatch.cancel(["r"])
     assert f.sent[-2:] == [("d", Abort(["r", "r/p"])), ("p", Release([b"t"]))]
+
+
+def told_of_losses(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    return [(r.levelname, r.message) for r in caplog.records if r.message.startswith("worker l")]
+
+
+@pytest.mark.parametrize("by", ["its own word", "discovery"])
+def test_who_said_that_it_goes_and_has_nothing_left_is_no_loss(
+    by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    f = pair()
+    with caplog.at_level(logging.INFO):
+        if by == "discovery":
+            f.dispatch.fleet.rest("d", True)
+        else:
+            f.dispatch.on_batch("d", Batch(load(draining=True)))
+        f.dispatch.on_lost("d", "connection closed")
+    assert told_of_losses(caplog) == [("INFO", "worker left")]
+
+
+def test_a_stream_is_on_its_prefill_worker_until_its_kv_has_been_read() -> None:
+    f = pair()
+    f.dispatch.submit(Ask("r", [1], 4))
+    assert f.dispatch.is_on("p")
+    f.say("p", Delta("r/p", [7], Finish.PREFILLED, ticket=b"t"))
+    assert f.dispatch.is_on("p")
+    f.say("d", Delta("r", [7]))
+    assert not f.dispatch.is_on("p")
+    assert f.dispatch.is_on("d")
+    f.say("d", Delta("r", [8], Finish.STOP))
+    assert not f.dispatch.is_on("d")
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_who_goes_with_a_request_on_it_or_unforeseen_is_lost(
+    expected: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    f = pair()
+    with caplog.at_level(logging.INFO):
+        if expected:
+            f.dispatch.submit(Ask("r", [1], 4))
+            f.say("p", Delta("r/p", [], Finish.PREFILLED, ticket=b"t"))
+            f.dispatch.fleet.rest("d", True)
+        f.dispatch.on_lost("d", "connection closed")
+    assert told_of_losses(caplog) == [("WARNING", "worker lost")]
 
 
 def test_a_loss_before_the_first_token_is_tried_elsewhere() -> None:

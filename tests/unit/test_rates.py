@@ -145,3 +145,18 @@ def test_a_new_worker_is_taken_for_one_of_its_kind() -> None:
     new = Rates([known])
     assert new.step.predict((1.0, 1000, 0, 0, 0)) == pytest.approx(0.5, rel=0.05)
     assert new.pull.rates == list(PULL_PRIOR)
+
+
+def test_a_new_worker_costs_no_more_than_those_whose_streams_were_found_to_cost_nothing() -> None:
+    old = [Rates(), Rates()]
+    for rates in old:
+        for step in range(200):
+            streams = step % 7 + 1
+            said = Step(0.015, decodes=streams, context_tokens=1000 * streams)
+            rates.stepped(said, prefill_left=False)
+    new, x = Rates(old), (1.0, 0.0, 0.0, 5.0, 5000.0)
+    assert min(old[0].step.rates[3:]) == 0, "what this is about"
+    assert new.step.predict(x) == pytest.approx(old[0].step.predict(x))
+    for _ in range(50):  # And it is believed when it is another.
+        new.step.learn(x, 0.03)
+    assert new.step.predict(x) == pytest.approx(0.03, rel=0.05)

@@ -57,6 +57,8 @@ ROUTER: dict[str, tuple[str, Any]] = {
     "port": ("0", 0),
     "address_file": ("/address.json", Path("/address.json")),
     "curve_secret_file": ("a", Path("a")),
+    "notice_s": ("5", 5.0),
+    "drain_s": ("600", 600.0),
     "reserve": ("at_prefill_done", Reserve.AT_PREFILL_DONE),
     "disaggregate": ("always", Disaggregate.ALWAYS),
     "queue_max": ("5", 5),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from workers.api import (
     encode,
 )
 from workers.channel import Channel
+from workers.drain import Drain
 from workers.engines.sim import SimEngine
 from workers.engines.sim_settings import SimSettings
 from workers.metrics import Metrics
@@ -112,6 +114,9 @@ class Place:
     def __init__(self, worker: Worker, channel: Channel, context: zmq.asyncio.Context) -> None:
         self.worker, self.channel, self._context = worker, channel, context
         self.peers: list[Peer] = []
+
+    async def drain(self, limit_s: float) -> None:
+        await Drain(self.worker, limit_s, time.monotonic).finish()
 
     def peer(self, curve: Curve | None = None) -> Peer:
         self.peers.append(Peer(self._context, self.channel.address, curve))
@@ -337,7 +342,7 @@ def test_a_draining_worker_refuses_and_finishes_what_runs() -> None:
             await peer.greet()
             await peer.say(generate("old", 50))
             await peer.until(lambda b: bool(b.deltas))
-            drain = asyncio.create_task(here.worker.drain(WAIT_S))
+            drain = asyncio.create_task(here.drain(WAIT_S))
             await asyncio.sleep(0)
             await peer.say(generate("new"))
             assert (await peer.end_of("new")).finish is Finish.REFUSED
@@ -356,7 +361,7 @@ def test_what_a_drain_can_not_wait_for_is_handed_back() -> None:
             await peer.greet()
             await peer.say(generate("r", 4000))
             await peer.until(lambda b: bool(b.deltas))
-            await here.worker.drain(0.05)
+            await here.drain(0.05)
             ended = await peer.end_of("r")
             assert ended.finish is Finish.ERROR, "its router tries it elsewhere"
             assert ended.error
@@ -373,7 +378,7 @@ def test_a_drain_waits_for_leases_that_are_still_to_be_read() -> None:
             await peer.say(generate("r/p", phase=Phase.PREFILL))
             done = await peer.end_of("r/p")
             assert done.ticket is not None
-            drain = asyncio.create_task(here.worker.drain(WAIT_S))
+            drain = asyncio.create_task(here.drain(WAIT_S))
             await asyncio.sleep(0.2)
             assert not drain.done()
             await peer.say(Release([done.ticket]))
