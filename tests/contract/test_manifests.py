@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
 import yaml
 
+from controller.settings import ControllerSettings
 from router.settings import RouterSettings
 from tests.manifests import (
     K8S,
@@ -42,11 +41,9 @@ EPHEMERAL = (32768, 60999)
 """Linux' own range, where the handoff's ports are."""
 MASTER_PORT = 29501
 MARGIN_S = 15
-SETTINGS: dict[str, type[BaseSettings]] = {"router": RouterSettings, "worker": WorkerSettings}
-if find_spec("controller.settings"):  # Agreed upon, and built elsewhere.
-    SETTINGS["controller"] = import_module("controller.settings").ControllerSettings
-AGREED = {"--notice-s", "--drain-s"} - {flag(name) for name in RouterSettings.model_fields}
-"""The router's, built elsewhere."""
+SETTINGS: dict[str, type[BaseSettings]] = {
+    "router": RouterSettings, "worker": WorkerSettings, "controller": ControllerSettings,
+}  # fmt: skip
 VLLMS_OWN = {
     "--served-model-name", "--tensor-parallel-size", "--distributed-executor-backend",
     "--nnodes", "--node-rank", "--master-addr", "--master-port",
@@ -159,12 +156,11 @@ def test_every_flag_and_variable_is_one_of_its_process(group: list[Object]) -> N
     for pod in pods(group):
         command, *flags = pod.args()
         if (kind := SETTINGS.get(command)) is None:
-            assert (command, pod.role) == ("controller", "controller") or "command" in pod.container
+            assert "command" in pod.container
             continue
         with mock.patch.dict(os.environ, pod.environment(), clear=True):
             settings, rest = read_settings(kind, flags, prog=f"tandem {command}", description="")
-        mine = AGREED if command == "router" else set()
-        assert {r.partition("=")[0] for r in rest} <= VLLMS_OWN | mine
+        assert {r.partition("=")[0] for r in rest} <= VLLMS_OWN
         assert "$(" not in "".join(pod.args())
         if isinstance(settings, WorkerSettings):
             assert settings.role == pod.role
@@ -249,13 +245,14 @@ def test_routers_have_seen_a_worker_leave_before_it_is_updated_in_place() -> Non
 
 
 def test_probes_ask_what_the_process_answers(group: list[Object]) -> None:
-    worker = (TOP / "workers/http.py").read_text(encoding="utf-8")
+    worker, controller = (
+        (TOP / f"{name}/http.py").read_text(encoding="utf-8") for name in ("workers", "controller")
+    )
     front = (TOP / "router/front.py").read_text(encoding="utf-8")
     served = {
-        # `/drain` is agreed upon, as are the controller's.
-        "worker": {*re.findall(r'Route\("(/\w+)"', worker), "/drain"},
+        "worker": {*re.findall(r'Route\("(/\w+)"', worker)},
         "router": {*re.findall(r'add_route\("(/\w+)"', front), "/health"},
-        "controller": {"/livez", "/readyz", "/metrics"},
+        "controller": {*re.findall(r'Route\("(/\w+)"', controller)},
     }
     for pod in serving(group):
         container = pod.container
