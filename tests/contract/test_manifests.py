@@ -24,7 +24,7 @@ from tests.manifests import (
     selects,
     with_components,
 )
-from workers.flags import flag, read_settings
+from workers.flags import read_settings
 from workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
