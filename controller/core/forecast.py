@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-LEVEL_NOISE: Final = 4e-5
-"""Variance that the level gains a second, of its square: 5 % a minute."""
-TREND_NOISE: Final = 1e-9
-"""Variance that the trend gains a second, of the level's square: in five minutes it may turn from
-flat to doubling within half an hour."""
+LEVEL_NOISE: Final = 2e-5
+"""Variance that the level gains a second, of its square: 3.5 % in a minute."""
+TREND_NOISE: Final = 2e-10
+"""Variance that the trend gains a second, of the level's square: in ten minutes it may turn from
+flat to a fiftieth of the level more each minute."""
 DISPERSION_KEPT: Final = 0.95
 DISPERSION: Final = 1.0, 20.0
 """Least and most variance over the mean: 1 of Poisson arrivals, more of bursty ones."""
@@ -73,7 +73,6 @@ class Forecast:
         self._p = (a - gain * a, b - gain * b, c - turn * b)
 
     def ahead(self, seconds: float) -> Foreseen:
-        """A falling trend is followed only as far as it is certain."""
         a, b, c = self._p
         deviation = (a + 2 * b * seconds + c * seconds * seconds) ** 0.5
         return Foreseen(max(0.0, self._level + self._trend * seconds), deviation)

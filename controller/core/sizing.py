@@ -18,14 +18,12 @@ STALE_LOOKS: Final = 3.0
 """Observations further apart than so many looks say nothing of what came between."""
 WARM_LOOKS: Final = 2
 """So many intervals are seen before anything is asked for."""
-SPARE_STEP: Final = 0.03
+SPARE_STEP: Final = 0.01
 """Of a role's spare, in standard deviations of its load: what a request too late adds. One in time
 takes away so much that the share that may be late balances it."""
-SPARE: Final = 0.0, 1.5
-SPARE_LOOK_MAX: Final = 0.15
+SPARE: Final = 0.0, 0.15
+SPARE_LOOK_MAX: Final = 0.05
 """One bad look is one piece of news."""
-ROUNDED_DOWN: Final = 0.1
-"""Of a worker: so little over a whole number is no reason for another."""
 STAY: Final = 0.15
 """Of a worker: one goes only when there is this much more room than its absence needs."""
 
@@ -45,16 +43,16 @@ class SizingPolicy:
     startup_s: float = 90.0
     """From asking for a worker until it serves: believed until it has been seen."""
     up_cooldown_s: float = 15.0
-    down_cooldown_s: float = 60.0
+    down_cooldown_s: float = 30.0
     """After any change of a role it is not made smaller for so long."""
-    down_window_s: float = 180.0
+    down_window_s: float = 90.0
     """A role is made smaller only to what sufficed at every look of so long."""
     up_step: int = 4
-    down_step: int = 1
+    down_step: int = 2
     """Most workers of a role that come or go with one decision; as many more as there are may
     come."""
-    caution: float = 0.5
-    """Standard deviations of the forecast on top of it."""
+    caution: float = 2.0
+    """Standard deviations of the forecast on top of it, besides the spare that is learnt."""
     prior: Prior = field(default_factory=Prior)
 
 
@@ -62,7 +60,7 @@ class SizingPolicy:
 class _Role:
     """What is remembered of one."""
 
-    spare: float = 0.4
+    spare: float = 0.1
     """In standard deviations of its load: what attainment has taught."""
     load: float = 0.0
     """In workers, as last foreseen: while fewer serve, requests are late for want of those, and
@@ -98,12 +96,8 @@ class Sizer:
         """What to ask for now. An observation that can't be one changes nothing, and is said."""
         before, self._before = self._before, seen
         if before is None or seen.at - before.at > STALE_LOOKS * self.policy.look_s:
-            why = (
-                "the first look"
-                if before is None
-                else f"nothing seen for {seen.at - before.at:.0f} s"
-            )
-            return self._begin(seen, why)
+            gap = f"nothing seen for {seen.at - before.at:.0f} s" if before else "the first look"
+            return self._begin(seen, gap)
         if seen.at <= before.at:
             self._before = before
             return self._hold(seen, "this has been seen before")
@@ -228,7 +222,7 @@ class Sizer:
         count, why = wanted, f"stays {wanted}: it needs {need:.2f}"
         if self._looks < WARM_LOOKS:
             why = f"stays {wanted}: {self._looks} looks so far"
-        elif (more := _whole(need)) > wanted:
+        elif (more := ceil(need)) > wanted:
             if at - role.changed_at < policy.up_cooldown_s:
                 why = f"stays {wanted}: it needs {need:.2f} and has just changed"
             else:
@@ -255,13 +249,12 @@ KV_TIGHT: Final = 0.92
 """Of the decode workers' KV blocks: with more in use, it is they that new requests wait for."""
 
 
-def _whole(need: float) -> int:
-    return ceil(need - ROUNDED_DOWN)
-
-
 def went_back(before: Observed, seen: Observed) -> bool:
     """A counter shrank: whoever observes did not hide a restart."""
-    names = ("requests", "prompt_tokens", "computed_tokens", "output_tokens", "judged", "met")
+    names = (
+        "requests", "prompt_tokens", "computed_tokens", "output_tokens", "judged",
+        "first_in_time", "met",
+    )  # fmt: skip
     return any(getattr(seen, name) < getattr(before, name) for name in names)
 
 

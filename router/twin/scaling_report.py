@@ -47,7 +47,7 @@ def verdict(sides: Sequence[Side], attainment: float) -> str:
     ratio = ours.hours / oracle.hours
     lines = [
         _said("ours holds the objective", ours.figures.attainment >= attainment,
-              f"{ours.figures.attainment:.2%} of {attainment:.0%} (oracle {oracle.figures.attainment:.2%})"),
+              f"{ours.figures.attainment:.2%}, the oracle {oracle.figures.attainment:.2%}"),
         _said(f"at no more than {RATIO_MAX} of the oracle's worker-hours", ratio <= RATIO_MAX,
               f"{ratio:.2f}"),
     ]  # fmt: skip
