@@ -21,9 +21,11 @@ WARM_LOOKS: Final = 2
 SPARE_STEP: Final = 0.01
 """Of a role's spare, in standard deviations of its load: what a request too late adds. One in time
 takes away so much that the share that may be late balances it."""
-SPARE: Final = 0.0, 0.15
+SPARE: Final = 0.0, 0.3
 SPARE_LOOK_MAX: Final = 0.05
 """One bad look is one piece of news."""
+FALLING: Final = 0.5
+"""Of the caution, while arrivals fall: what is misjudged then, the fall itself soon mends."""
 STAY: Final = 0.15
 """Of a worker: one goes only when there is this much more room than its absence needs."""
 
@@ -63,8 +65,10 @@ class _Role:
     spare: float = 0.1
     """In standard deviations of its load: what attainment has taught."""
     load: float = 0.0
-    """In workers, as last foreseen: while fewer serve, requests are late for want of those, and
-    that says nothing of the spare."""
+    """In workers, as last foreseen."""
+    ready: int = -1
+    settling_at: float = -inf
+    """When they last were too few, or not as many."""
     changed_at: float = -inf
     asked: tuple[float, int] | None = None
     """When more were asked for, and how many there would be."""
@@ -137,11 +141,18 @@ class Sizer:
         slow_after = judged - slow_first - (seen.met - before.met)
         # Where KV blocks are what is waited for, the first token is late for want of decode.
         full = seen.kv_share > KV_TIGHT
-        if seen.ready.prefill >= self._prefill.load:
+        if self._settled(self._prefill, seen.at, seen.ready.prefill):
             self._learn_spare(self._prefill, judged, 0.0 if full else slow_first)
-        if seen.ready.decode >= self._decode.load:
+        if self._settled(self._decode, seen.at, seen.ready.decode):
             late = slow_after + (slow_first if full else 0.0)
             self._learn_spare(self._decode, judged, late)
+
+    def _settled(self, role: _Role, at: float, ready: int) -> bool:
+        """Its workers have been enough, and as many, for a while: who is late now is late for want
+        of a spare, and not of a worker that was still to come."""
+        if ready < role.load or role.ready != ready:
+            role.ready, role.settling_at = ready, at
+        return at - role.settling_at > self.policy.down_window_s
 
     def _learn_startup(self, role: _Role, at: float, ready: int) -> None:
         if role.asked is not None and ready >= role.asked[1]:
@@ -162,7 +173,8 @@ class Sizer:
         horizon_s = self.startup_s + policy.look_s
         ahead = self._forecast.ahead(horizon_s)
         soon = self._forecast.ahead(0.0)
-        per_s = max(ahead.per_s + policy.caution * ahead.deviation, soon.per_s)
+        caution = policy.caution * (1.0 if self._forecast.trend >= 0 else FALLING)
+        per_s = max(ahead.per_s + caution * ahead.deviation, soon.per_s)
         tokens_per_s = per_s * capacity.prompt_tokens
         outputs_per_s = tokens_per_s * capacity.output_share
         load_p = tokens_per_s / capacity.prefill_tokens_per_s

@@ -51,10 +51,10 @@ ATTAINMENT: Final = 0.99
 MOST: Final = Size(24, 16)
 START: Final = Size(3, 2)
 WINDOW_S: Final = 150.0
-FILLS: Final = [(p, d) for p in (0.85, 0.9, 0.95, 1.0, 1.05, 1.1) for d in (0.8, 0.9, 1.0)]
+FILLS: Final = [(p, d) for p in (0.9, 0.95, 1.0, 1.05) for d in (0.9, 1.0, 1.1)]
 """How full the oracle's workers may be."""
 TRIED_BELOW: Final = 3
-KEDA_GRID: Final = [(s, k) for s in (2.0, 3.0, 4.0) for k in (12.0, 18.0)]
+KEDA_GRID: Final = [(s, k) for s in (4.0, 5.0, 6.0) for k in (18.0, 24.0)]
 """Seconds of prompts queued for each prefill worker, streams on each decode worker."""
 SEEN: Final = (("workday", 0), ("two-peaks", 0), ("flash-crowd", 0))
 HELD_OUT: Final = (("workday", 7), ("late-evening", 7))
