@@ -17,7 +17,9 @@ YIELD: Final = 0.7, 1.2
 """Least and most of a prefill worker's own speed that a group gets of it: less for what waits for
 KV blocks or splits badly, more where decode workers compute prompts too."""
 YIELD_KEPT: Final = 0.9
-"""At each look that says something of it; from what no look confirms it comes back to 1."""
+"""At each look that says something of it."""
+YIELD_BACK_S: Final = 1800.0
+"""What no look confirms comes back to 1 in about so many seconds."""
 KV_FULL: Final = 0.9
 """Of the decode workers' KV blocks, what may be in use: the rest is for what grows."""
 ITL_SHARE: Final = 0.85
@@ -162,7 +164,7 @@ class Capacity:
             share = min(high, max(low, share))
             self.prefill_yield = YIELD_KEPT * self.prefill_yield + (1 - YIELD_KEPT) * share
         else:
-            self.prefill_yield += (1 - self.prefill_yield) * min(1.0, seconds / KEPT_S)
+            self.prefill_yield += (1 - self.prefill_yield) * min(1.0, seconds / YIELD_BACK_S)
 
     def _learn_decode(self, before: Observed, now: Observed, seconds: float) -> None:
         streams = (before.running + now.running) / 2 / max(1, now.ready.decode)

@@ -54,7 +54,7 @@ WINDOW_S: Final = 150.0
 FILLS: Final = [(p, d) for p in (0.9, 0.95, 1.0, 1.05) for d in (0.9, 1.0, 1.1)]
 """How full the oracle's workers may be."""
 TRIED_BELOW: Final = 3
-KEDA_GRID: Final = [(s, k) for s in (4.0, 5.0, 6.0) for k in (18.0, 24.0)]
+KEDA_GRID: Final = [(s, k) for s in (5.0, 6.5, 8.0) for k in (16.0, 20.0)]
 """Seconds of prompts queued for each prefill worker, streams on each decode worker."""
 SEEN: Final = (("workday", 0), ("two-peaks", 0), ("flash-crowd", 0))
 HELD_OUT: Final = (("workday", 7), ("late-evening", 7))

@@ -103,7 +103,7 @@ def test_a_seed_is_one_history() -> None:
 
 
 def test_observations_are_the_run_s_own() -> None:
-    twin, group = run(Fixed(Size(3, 3)))
+    _, group = run(Fixed(Size(3, 3)))
     for before, now in pairwise(group.seen):
         for name in (
             "requests", "prompt_tokens", "computed_tokens", "output_tokens", "judged",
