@@ -54,12 +54,12 @@ class Forecast:
     def count(self, arrived: float, seconds: float) -> None:
         """So many came in the last so many seconds, above zero."""
         seen = arrived / seconds
-        # One more than came: of none it is not known that none will.
-        noise = self.dispersion * (max(self._level, seen) + 1 / seconds) / seconds
         if not self._known:
-            self._known, self._level, self._p = True, seen, (noise, 0.0, 0.0)
+            self._known, self._level = True, seen
+            self._p = (self._noise(seconds), 0.0, 0.0)
             return
         self._pass(seconds)
+        noise = self._noise(seconds)
         off, (a, b, c) = seen - self._level, self._p
         spread = a + noise
         self._learn_dispersion(off * off / spread)
@@ -76,6 +76,11 @@ class Forecast:
         a, b, c = self._p
         deviation = (a + 2 * b * seconds + c * seconds * seconds) ** 0.5
         return Foreseen(max(0.0, self._level + self._trend * seconds), deviation)
+
+    def _noise(self, seconds: float) -> float:
+        """Variance of what is seen about the level, by the level alone: were it by what is seen,
+        much would count for less than little. One more: of none it is not known that none come."""
+        return self.dispersion * (self.level + 1 / seconds) / seconds
 
     def _pass(self, seconds: float) -> None:
         a, b, c = self._p

@@ -30,8 +30,8 @@ SPARE: Final = 0.0, 0.3
 SPARE_LOOK_MAX: Final = 0.05
 """One bad look is one piece of news."""
 FALL, FALLING = 0.25, 0.5
-"""Where arrivals are foreseen to fall by so many standard deviations or more, so much of the caution
-is left out: what is misjudged then, the fall itself soon mends."""
+"""Where arrivals are foreseen to fall by so many standard deviations or more, so much of the
+caution is left out: what is misjudged then, the fall itself soon mends."""
 STAY: Final = 0.15
 """Of a worker: one goes only when there is this much more room than its absence needs."""
 
