@@ -59,7 +59,7 @@ class SizingPolicy:
     down_step: int = 2
     """Most workers of a role that come or go with one decision; as many more as there are may
     come."""
-    caution: float = 2.0
+    caution: float = 1.5
     """Standard deviations of the forecast on top of it, besides the spare that is learnt."""
     prior: Prior = field(default_factory=Prior)
 

@@ -54,6 +54,7 @@ WINDOW_S: Final = 150.0
 FILLS: Final = [(p, d) for p in (0.9, 0.95, 1.0, 1.05) for d in (0.9, 1.0, 1.1)]
 """How full the oracle's workers may be."""
 TRIED_BELOW: Final = 3
+CAUTIOUS: Final = 4.0
 KEDA_GRID: Final = [(s, k) for s in (5.0, 6.5, 8.0) for k in (16.0, 20.0)]
 """Seconds of prompts queued for each prefill worker, streams on each decode worker."""
 SEEN: Final = (("workday", 0), ("two-peaks", 0), ("flash-crowd", 0))
@@ -196,7 +197,7 @@ def _cost(plan: Schedule, seconds: float) -> float:
 # ---------------------------------------------------------------- the others
 
 
-def ours() -> Sizer:
+def ours(caution: float | None = None) -> Sizer:
     """Told the objectives, and of workers and requests no more than a guess twice too high."""
     policy = SizingPolicy(
         most=MOST, attainment=ATTAINMENT, ttft_s=OBJECTIVE.ttft_s,
@@ -207,7 +208,7 @@ def ours() -> Sizer:
             itl_s=STEP_S / 2 * COARSE, itl_stream_s=STREAM_S / 2 * COARSE, streams=64.0,
         ),
     )  # fmt: skip
-    return Sizer(policy)
+    return Sizer(policy if caution is None else replace(policy, caution=caution))
 
 
 def keda(seconds: float, streams: float) -> Threshold:
@@ -245,6 +246,7 @@ def all_sides(job: tuple[Case, tuple[float, float]]) -> list[Side]:
     oracle = case.oracle()
     return [
         case.run("ours", ours()),
+        case.run("ours, more cautious", ours(CAUTIOUS)),
         case.run("keda, usual", keda(*keda_usual())),
         case.run("keda, best of grid", keda(*best)),
         case.run("hpa, 70 % busy", hpa()),
