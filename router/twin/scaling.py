@@ -261,11 +261,13 @@ def _settle() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when all ran, whoever is ahead."""
+    """0 when all ran, whoever is ahead; 2 for a day that there is not."""
     args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    cases = [Case(*c) for c in SEEN + HELD_OUT]
-    if args.days is not None:
-        cases = [c for c in cases if c.day in args.days.split(",")]
+    wanted = args.days.split(",") if args.days else list(DAYS)
+    if unknown := [day for day in wanted if day not in DAYS]:
+        to_stderr(f"twin-scaling: no day is called {unknown[0]!r}; there are {', '.join(DAYS)}")
+        return 2
+    cases = [Case(*c) for c in SEEN + HELD_OUT if c[0] in wanted]
     _say(ABOUT)
     found: dict[str, list[Side]] = {}
     with ProcessPoolExecutor(args.processes, initializer=_settle) as pool:
