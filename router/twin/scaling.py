@@ -55,7 +55,7 @@ FILLS: Final = [(p, d) for p in (0.9, 0.95, 1.0, 1.05) for d in (0.9, 1.0, 1.1)]
 """How full the oracle's workers may be."""
 TRIED_BELOW: Final = 3
 CAUTIOUS: Final = 4.0
-KEDA_GRID: Final = [(s, k) for s in (5.0, 6.5, 8.0) for k in (16.0, 20.0)]
+KEDA_GRID: Final = [(s, k) for s in (7.0, 8.0, 9.0) for k in (14.0, 17.0)]
 """Seconds of prompts queued for each prefill worker, streams on each decode worker."""
 SEEN: Final = (("workday", 0), ("two-peaks", 0), ("flash-crowd", 0))
 HELD_OUT: Final = (("workday", 7), ("late-evening", 7))
