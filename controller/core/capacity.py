@@ -61,6 +61,7 @@ class Line:
             self._add(x, a + b * x, 1.0)
 
     def learn(self, x: float, y: float, kept: float) -> None:
+        """`kept`: of what is known, from 0 to 1."""
         self._sums = [s * kept for s in self._sums]
         self._add(x, y, 1.0)
         n, sx, sy, sxx, sxy = self._sums
@@ -142,7 +143,8 @@ class Capacity:
         seconds = now.at - before.at
         if now.prefill_tokens_per_s > PACE_LEAST:
             self.prefill_pace = now.prefill_tokens_per_s
-        kept = max(0.0, 1 - seconds / KEPT_S)
+        # A quiet night forgets nothing of what requests are like.
+        kept = max(0.0, 1 - seconds / KEPT_S) if now.requests > before.requests else 1.0
         came, prompt, computed, generated = self._sums
         self._sums = (
             came * kept + now.requests - before.requests,
