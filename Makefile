@@ -80,6 +80,10 @@ sim: setup  ## the whole fleet simulated: SEEDS (1000) runs from SEED (0) on; SE
 twin: setup  ## policies side by side on virtual time (FLAGS="--trace … --fleet …"): tables, no engines
 	@$(BIN)/tandem twin --json reports/twin.json --plot reports/twin.svg $(FLAGS)
 
+.PHONY: twin-scaling
+twin-scaling: setup  ## ways to size the group over days in the twin, beside an oracle: tables, a plot (five minutes)
+	@$(BIN)/python -m router.twin.scaling --plot reports/twin-scaling.svg $(FLAGS)
+
 .PHONY: twin-check
 twin-check: model  ## what the twin foretells of real engines, beside what they do: errors (six minutes)
 	@$(BIN)/python -m deploy.local.twin_check --model $(MODEL)

@@ -1,4 +1,4 @@
-"""What a request needs and what one worker of each role really does, learnt from what is observed."""
+"""What a request needs and what one worker of each role really does, as learnt."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ KEPT_S: Final = 600.0
 QUEUED: Final = 0.5
 """Of the TTFT objective: with so many seconds of prompts queued at both ends of an interval,
 prefill never was idle."""
-YIELD: Final = 0.5, 1.3
+YIELD: Final = 0.7, 1.2
 """Least and most of a prefill worker's own speed that a group gets of it: less for what waits for
 KV blocks or splits badly, more where decode workers compute prompts too."""
-YIELD_KEPT: Final = 0.8
+YIELD_KEPT: Final = 0.9
+"""At each look that says something of it."""
+YIELD_BACK_S: Final = 1800.0
+"""What no look confirms comes back to 1 in about so many seconds."""
 KV_FULL: Final = 0.9
 """Of the decode workers' KV blocks, what may be in use: the rest is for what grows."""
-ITL_SHARE: Final = 0.9
+ITL_SHARE: Final = 0.85
 """Of the ITL objective, the mean to aim at: half of the requests are slower than the mean."""
 STREAMS_LEAST: Final = 1.0
+PACE_LEAST: Final = 1e-3
+"""Tokens a second: less is no engine's."""
 PRIOR_REQUESTS: Final = 20.0
 """That what is believed of them is worth."""
 
@@ -56,6 +61,7 @@ class Line:
             self._add(x, a + b * x, 1.0)
 
     def learn(self, x: float, y: float, kept: float) -> None:
+        """`kept`: of what is known, from 0 to 1."""
         self._sums = [s * kept for s in self._sums]
         self._add(x, y, 1.0)
         n, sx, sy, sxx, sxy = self._sums
@@ -135,9 +141,10 @@ class Capacity:
     def learn(self, before: Observed, now: Observed) -> None:
         """From one observation to the next, no more than a look or two later."""
         seconds = now.at - before.at
-        if now.prefill_tokens_per_s > 0:
+        if now.prefill_tokens_per_s > PACE_LEAST:
             self.prefill_pace = now.prefill_tokens_per_s
-        kept = max(0.0, 1 - seconds / KEPT_S)
+        # A quiet night forgets nothing of what requests are like.
+        kept = max(0.0, 1 - seconds / KEPT_S) if now.requests > before.requests else 1.0
         came, prompt, computed, generated = self._sums
         self._sums = (
             came * kept + now.requests - before.requests,
@@ -153,10 +160,13 @@ class Capacity:
         done = (now.computed_tokens - before.computed_tokens) / seconds / max(1, now.ready.prefill)
         share = done / self.prefill_pace
         low, high = YIELD
-        if min(self.queue_s(before), self.queue_s(now)) > self._queued_s:
-            # It was never idle: this is what it does.
+        saturated = min(self.queue_s(before), self.queue_s(now)) > self._queued_s
+        if saturated or share > self.prefill_yield:
+            # It was never idle, and this is what it does; or it does more than was believed.
             share = min(high, max(low, share))
             self.prefill_yield = YIELD_KEPT * self.prefill_yield + (1 - YIELD_KEPT) * share
+        else:
+            self.prefill_yield += (1 - self.prefill_yield) * min(1.0, seconds / YIELD_BACK_S)
 
     def _learn_decode(self, before: Observed, now: Observed, seconds: float) -> None:
         streams = (before.running + now.running) / 2 / max(1, now.ready.decode)

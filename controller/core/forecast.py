@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-LEVEL_NOISE: Final = 4e-5
-"""Variance that the level gains a second, of its square: 5 % a minute."""
-TREND_NOISE: Final = 1e-9
-"""Variance that the trend gains a second, of the level's square: in five minutes it may turn from
-flat to doubling within half an hour."""
+LEVEL_NOISE: Final = 2e-5
+"""Variance that the level gains a second, of its square: 3.5 % in a minute."""
+TREND_NOISE: Final = 2e-10
+"""Variance that the trend gains a second, of the level's square: in ten minutes it may turn from
+flat to a fiftieth of the level more each minute."""
 DISPERSION_KEPT: Final = 0.95
 DISPERSION: Final = 1.0, 20.0
 """Least and most variance over the mean: 1 of Poisson arrivals, more of bursty ones."""
@@ -54,12 +54,12 @@ class Forecast:
     def count(self, arrived: float, seconds: float) -> None:
         """So many came in the last so many seconds, above zero."""
         seen = arrived / seconds
-        # One more than came: of none it is not known that none will.
-        noise = self.dispersion * (max(self._level, seen) + 1 / seconds) / seconds
         if not self._known:
-            self._known, self._level, self._p = True, seen, (noise, 0.0, 0.0)
+            self._known, self._level = True, seen
+            self._p = (self._noise(seconds), 0.0, 0.0)
             return
         self._pass(seconds)
+        noise = self._noise(seconds)
         off, (a, b, c) = seen - self._level, self._p
         spread = a + noise
         self._learn_dispersion(off * off / spread)
@@ -73,10 +73,14 @@ class Forecast:
         self._p = (a - gain * a, b - gain * b, c - turn * b)
 
     def ahead(self, seconds: float) -> Foreseen:
-        """A falling trend is followed only as far as it is certain."""
         a, b, c = self._p
         deviation = (a + 2 * b * seconds + c * seconds * seconds) ** 0.5
         return Foreseen(max(0.0, self._level + self._trend * seconds), deviation)
+
+    def _noise(self, seconds: float) -> float:
+        """Variance of what is seen about the level, by the level alone: were it by what is seen,
+        much would count for less than little. One more: of none it is not known that none come."""
+        return self.dispersion * (self.level + 1 / seconds) / seconds
 
     def _pass(self, seconds: float) -> None:
         a, b, c = self._p

@@ -18,14 +18,20 @@ STALE_LOOKS: Final = 3.0
 """Observations further apart than so many looks say nothing of what came between."""
 WARM_LOOKS: Final = 2
 """So many intervals are seen before anything is asked for."""
-SPARE_STEP: Final = 0.03
+STARTUP_MAX: Final = 4.0
+"""Times what was given: a worker's start is not learnt to be longer."""
+KV_TIGHT: Final = 0.92
+"""Of the decode workers' KV blocks: with more in use, it is they that new requests wait for."""
+SPARE_STEP: Final = 0.01
 """Of a role's spare, in standard deviations of its load: what a request too late adds. One in time
 takes away so much that the share that may be late balances it."""
-SPARE: Final = 0.0, 1.5
-SPARE_LOOK_MAX: Final = 0.15
+SPARE: Final = 0.0, 0.3
+"""Least and most."""
+SPARE_LOOK_MAX: Final = 0.05
 """One bad look is one piece of news."""
-ROUNDED_DOWN: Final = 0.1
-"""Of a worker: so little over a whole number is no reason for another."""
+FALL, FALLING = 0.25, 0.5
+"""Where arrivals are foreseen to fall by so many standard deviations or more, so much of the
+caution is left out: what is misjudged then, the fall itself soon mends."""
 STAY: Final = 0.15
 """Of a worker: one goes only when there is this much more room than its absence needs."""
 
@@ -45,16 +51,16 @@ class SizingPolicy:
     startup_s: float = 90.0
     """From asking for a worker until it serves: believed until it has been seen."""
     up_cooldown_s: float = 15.0
-    down_cooldown_s: float = 60.0
+    down_cooldown_s: float = 30.0
     """After any change of a role it is not made smaller for so long."""
-    down_window_s: float = 180.0
+    down_window_s: float = 90.0
     """A role is made smaller only to what sufficed at every look of so long."""
     up_step: int = 4
-    down_step: int = 1
+    down_step: int = 2
     """Most workers of a role that come or go with one decision; as many more as there are may
     come."""
-    caution: float = 0.5
-    """Standard deviations of the forecast on top of it."""
+    caution: float = 1.5
+    """Standard deviations of the forecast on top of it, besides the spare that is learnt."""
     prior: Prior = field(default_factory=Prior)
 
 
@@ -62,11 +68,13 @@ class SizingPolicy:
 class _Role:
     """What is remembered of one."""
 
-    spare: float = 0.4
+    spare: float = 0.1
     """In standard deviations of its load: what attainment has taught."""
     load: float = 0.0
-    """In workers, as last foreseen: while fewer serve, requests are late for want of those, and
-    that says nothing of the spare."""
+    """In workers, as last foreseen."""
+    ready: int = -1
+    settling_at: float = -inf
+    """When they last were too few, or not as many."""
     changed_at: float = -inf
     asked: tuple[float, int] | None = None
     """When more were asked for, and how many there would be."""
@@ -98,12 +106,8 @@ class Sizer:
         """What to ask for now. An observation that can't be one changes nothing, and is said."""
         before, self._before = self._before, seen
         if before is None or seen.at - before.at > STALE_LOOKS * self.policy.look_s:
-            why = (
-                "the first look"
-                if before is None
-                else f"nothing seen for {seen.at - before.at:.0f} s"
-            )
-            return self._begin(seen, why)
+            gap = f"nothing seen for {seen.at - before.at:.0f} s" if before else "the first look"
+            return self._begin(seen, gap)
         if seen.at <= before.at:
             self._before = before
             return self._hold(seen, "this has been seen before")
@@ -143,15 +147,24 @@ class Sizer:
         slow_after = judged - slow_first - (seen.met - before.met)
         # Where KV blocks are what is waited for, the first token is late for want of decode.
         full = seen.kv_share > KV_TIGHT
-        if seen.ready.prefill >= self._prefill.load:
+        if self._settled(self._prefill, seen.at, seen.ready.prefill):
             self._learn_spare(self._prefill, judged, 0.0 if full else slow_first)
-        if seen.ready.decode >= self._decode.load:
+        if self._settled(self._decode, seen.at, seen.ready.decode):
             late = slow_after + (slow_first if full else 0.0)
             self._learn_spare(self._decode, judged, late)
+
+    def _settled(self, role: _Role, at: float, ready: int) -> bool:
+        """Its workers have been enough, and as many, for a while: who is late now is late for want
+        of a spare, and not of a worker that was still to come."""
+        if ready < role.load or role.ready != ready:
+            role.ready, role.settling_at = ready, at
+        return at - role.settling_at > self.policy.down_window_s
 
     def _learn_startup(self, role: _Role, at: float, ready: int) -> None:
         if role.asked is not None and ready >= role.asked[1]:
             took_s, role.asked = at - role.asked[0], None
+            # One that waited an hour for a node is no reason to look an hour ahead.
+            took_s = min(took_s, STARTUP_MAX * self.policy.startup_s)
             self.startup_s += 0.3 * (took_s - self.startup_s)
 
     def _learn_spare(self, role: _Role, judged: float, late: float) -> None:
@@ -164,58 +177,57 @@ class Sizer:
     # ------------------------------------------------------------ deciding
 
     def _decide(self, seen: Observed) -> Decision:
+        facts = self._needs(seen)
+        least, most = self.policy.least, self.policy.most
+        prefill, why_p = self._of_role(
+            self._prefill, seen.at, facts["need_prefill"], seen.wanted.prefill,
+            (least.prefill, most.prefill),
+        )  # fmt: skip
+        decode, why_d = self._of_role(
+            self._decode, seen.at, facts["need_decode"], seen.wanted.decode,
+            (least.decode, most.decode),
+        )  # fmt: skip
+        return Decision(seen.at, Size(prefill, decode), f"prefill {why_p}; decode {why_d}", facts)
+
+    def _needs(self, seen: Observed) -> dict[str, float]:
+        """Each role's workers, not rounded, and all that they follow from."""
         policy, capacity = self.policy, self.capacity
         horizon_s = self.startup_s + policy.look_s
-        ahead = self._forecast.ahead(horizon_s)
-        soon = self._forecast.ahead(0.0)
-        per_s = max(ahead.per_s + policy.caution * ahead.deviation, soon.per_s)
+        ahead, now = self._forecast.ahead(horizon_s), self._forecast.level
+        falls = (now - ahead.per_s) / (FALL * ahead.deviation + 1e-9)
+        caution = policy.caution * (1 - FALLING * max(0.0, min(1.0, falls)))
+        per_s = max(ahead.per_s + caution * ahead.deviation, now)
         tokens_per_s = per_s * capacity.prompt_tokens
-        outputs_per_s = tokens_per_s * capacity.output_share
-        load_p = tokens_per_s / capacity.prefill_tokens_per_s
-        load_d = outputs_per_s / capacity.decode_tokens_per_s
-        self._prefill.load, self._decode.load = load_p, load_d
+        prefill, decode = self._prefill, self._decode
+        prefill.load = tokens_per_s / capacity.prefill_tokens_per_s
+        decode.load = tokens_per_s * capacity.output_share / capacity.decode_tokens_per_s
         queue_s = capacity.queue_s(seen)
-        backlog = max(0.0, queue_s - policy.ttft_s / 2) * seen.ready.prefill / self.startup_s
-        need_p = load_p + self._prefill.spare * load_p**0.5 + backlog
-        need_d = load_d + self._decode.spare * load_d**0.5
-        facts = {
-            "arrivals_per_s": soon.per_s,
+        late_s = max(0.0, queue_s - policy.ttft_s / 2)
+        backlog = late_s * seen.ready.prefill / self.startup_s
+        return {
+            "arrivals_per_s": now,
             "forecast_per_s": ahead.per_s,
             "forecast_deviation": ahead.deviation,
+            "sized_for_per_s": per_s,
             "horizon_s": horizon_s,
             "prompt_tokens": capacity.prompt_tokens,
             "output_share": capacity.output_share,
             "prefill_tokens_per_s": capacity.prefill_tokens_per_s,
             "decode_tokens_per_s": capacity.decode_tokens_per_s,
             "streams": capacity.streams,
-            "load_prefill": load_p,
-            "load_decode": load_d,
-            "spare_prefill": self._prefill.spare,
-            "spare_decode": self._decode.spare,
+            "load_prefill": prefill.load,
+            "load_decode": decode.load,
+            "spare_prefill": prefill.spare,
+            "spare_decode": decode.spare,
             "queue_s": queue_s,
             "backlog_prefill": backlog,
-            "need_prefill": need_p,
-            "need_decode": need_d,
+            "need_prefill": prefill.load + prefill.spare * prefill.load**0.5 + backlog,
+            "need_decode": decode.load + decode.spare * decode.load**0.5,
             "wanted_prefill": float(seen.wanted.prefill),
             "wanted_decode": float(seen.wanted.decode),
             "ready_prefill": float(seen.ready.prefill),
             "ready_decode": float(seen.ready.decode),
         }
-        prefill, why_p = self._of_role(
-            self._prefill,
-            seen.at,
-            need_p,
-            seen.wanted.prefill,
-            (policy.least.prefill, policy.most.prefill),
-        )
-        decode, why_d = self._of_role(
-            self._decode,
-            seen.at,
-            need_d,
-            seen.wanted.decode,
-            (policy.least.decode, policy.most.decode),
-        )
-        return Decision(seen.at, Size(prefill, decode), f"prefill {why_p}; decode {why_d}", facts)
 
     def _of_role(
         self, role: _Role, at: float, need: float, wanted: int, bounds: tuple[int, int]
@@ -228,7 +240,7 @@ class Sizer:
         count, why = wanted, f"stays {wanted}: it needs {need:.2f}"
         if self._looks < WARM_LOOKS:
             why = f"stays {wanted}: {self._looks} looks so far"
-        elif (more := _whole(need)) > wanted:
+        elif (more := ceil(need)) > wanted:
             if at - role.changed_at < policy.up_cooldown_s:
                 why = f"stays {wanted}: it needs {need:.2f} and has just changed"
             else:
@@ -251,17 +263,12 @@ class Sizer:
         return count, why
 
 
-KV_TIGHT: Final = 0.92
-"""Of the decode workers' KV blocks: with more in use, it is they that new requests wait for."""
-
-
-def _whole(need: float) -> int:
-    return ceil(need - ROUNDED_DOWN)
-
-
 def went_back(before: Observed, seen: Observed) -> bool:
     """A counter shrank: whoever observes did not hide a restart."""
-    names = ("requests", "prompt_tokens", "computed_tokens", "output_tokens", "judged", "met")
+    names = (
+        "requests", "prompt_tokens", "computed_tokens", "output_tokens", "judged",
+        "first_in_time", "met",
+    )  # fmt: skip
     return any(getattr(seen, name) < getattr(before, name) for name in names)
 
 

@@ -68,7 +68,15 @@ TWO_PEAKS: Final = Day(
     ),
 )  # fmt: skip
 FLASH: Final = Day("flash-crowd", WORKDAY.by_hour, (Burst(4.0, 1.5, 2.0),))
-DAYS: Final = {day.name: day for day in (WORKDAY, TWO_PEAKS, FLASH)}
+LATE_EVENING: Final = Day(
+    "late-evening",
+    (
+        0.82, 0.60, 0.45, 0.36, 0.32, 0.30, 0.30, 0.32, 0.36, 0.40, 0.42, 0.44,
+        0.50, 0.48, 0.46, 0.45, 0.47, 0.52, 0.60, 0.72, 0.85, 0.95, 1.00, 0.96,
+    ),
+    (Burst(8.0, 0.75, 1.4),),
+)  # fmt: skip
+DAYS: Final = {day.name: day for day in (WORKDAY, TWO_PEAKS, FLASH, LATE_EVENING)}
 
 
 def generate(

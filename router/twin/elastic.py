@@ -158,8 +158,9 @@ class Group:
 
 
 def _pace(views: list[WorkerView]) -> float:
-    """Prompt tokens a second of a step as full as any, the mean over those whose steps are known."""
+    """Prompt tokens a second in full steps: the mean of those whose steps are known."""
     known = [w.rates for w in views if w.rates.step.samples]
     if not known:
         return 0.0
-    return sum(1 / (r.step.rates[0] / r.chunk_tokens + r.step.rates[1]) for r in known) / len(known)
+    paces = [1 / (r.step.rates[0] / r.chunk_tokens + r.step.rates[1]) for r in known]
+    return sum(paces) / len(paces)

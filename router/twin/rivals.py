@@ -71,22 +71,19 @@ class Threshold:
         self._said.append((observed.at, Size(prefill, decode)))
         while self._said[0][0] < observed.at - self._target.stable_s:
             self._said.popleft()
+        held = Size(max(s.prefill for _, s in self._said), max(s.decode for _, s in self._said))
         size = Size(
-            self._bounded(
-                prefill, wanted.prefill, max(s.prefill for _, s in self._said), self._most.prefill
-            ),
-            self._bounded(
-                decode, wanted.decode, max(s.decode for _, s in self._said), self._most.decode
-            ),
+            min(self._most.prefill, _step(prefill, wanted.prefill, held.prefill)),
+            min(self._most.decode, _step(decode, wanted.decode, held.decode)),
         )
         return Decision(observed.at, size, self._target.name, {})
 
-    def _bounded(self, asked: int, wanted: int, held: int, most: int) -> int:
-        if asked > wanted:
-            asked = min(asked, wanted + max(UP_PODS, wanted))
-        else:
-            asked = min(wanted, held)
-        return max(1, min(most, asked))
+
+def _step(asked: int, wanted: int, held: int) -> int:
+    """Up by so many at once; down no further than what was asked for lately."""
+    if asked > wanted:
+        return min(asked, wanted + max(UP_PODS, wanted))
+    return max(1, min(wanted, held))
 
 
 def _replicas(total: float, target: float, wanted: int) -> int:

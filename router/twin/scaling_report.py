@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from router.twin.scaling import Side
 
@@ -47,26 +47,32 @@ def verdict(sides: Sequence[Side], attainment: float) -> str:
     ratio = ours.hours / oracle.hours
     lines = [
         _said("ours holds the objective", ours.figures.attainment >= attainment,
-              f"{ours.figures.attainment:.2%} of {attainment:.0%} (oracle {oracle.figures.attainment:.2%})"),
+              f"{ours.figures.attainment:.2%}, the oracle {oracle.figures.attainment:.2%}"),
         _said(f"at no more than {RATIO_MAX} of the oracle's worker-hours", ratio <= RATIO_MAX,
               f"{ratio:.2f}"),
     ]  # fmt: skip
     for name in [n for n in by_name if n.startswith("keda")]:
-        rival = by_name[name]
-        better = ours.figures.attainment >= rival.figures.attainment
-        cheaper = ours.hours <= rival.hours
-        if better and cheaper:
-            what = "as many met or more, in fewer hours"
-        elif better:
-            what = "more met, in more hours"
-        elif cheaper:
-            what = "fewer hours, and fewer met"
-        else:
-            what = "fewer met, in more hours"
-        holds = rival.figures.attainment >= attainment
-        what += "" if holds else "; it does not hold the objective"
-        lines.append(_said(f"beats {name}", better and (cheaper or not holds), what))
+        lines.append(_beats(by_name, by_name[name], attainment))
     return "\n".join(lines)
+
+
+def _beats(by_name: Mapping[str, Side], rival: Side, attainment: float) -> str:
+    """One of ours meets as many or more in fewer hours; or the rival does not hold the objective,
+    and ours does in no more hours."""
+    met, holds = rival.figures.attainment, rival.figures.attainment >= attainment
+    for name in [n for n in by_name if n.startswith("ours")]:
+        side = by_name[name]
+        spared = 1 - side.hours / rival.hours
+        if spared > 0 and side.figures.attainment >= met:
+            figures = (
+                f"{name}: {side.figures.attainment:.2%} beside {met:.2%}, {spared:.0%} fewer hours"
+            )
+            return _said(f"beats {rival.name}", True, figures)
+    ours = by_name["ours"]
+    spared = 1 - ours.hours / rival.hours
+    figures = f"{ours.figures.attainment:.2%} beside {met:.2%}, {spared:.0%} fewer hours"
+    won = spared >= 0 and ours.figures.attainment >= attainment and not holds
+    return _said(f"beats {rival.name}", won, figures)
 
 
 def _said(what: str, true: bool, figures: str) -> str:
