@@ -40,6 +40,7 @@ class Rig:
             outcomes=self.outcomes,
             trace=Trace("t", requests),
             workers=workers,
+            departed=[],
             dispatch=SimpleNamespace(caches=SimpleNamespace(disbelieved_total=0)),
         )
 
