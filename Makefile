@@ -81,7 +81,7 @@ twin: setup  ## policies side by side on virtual time (FLAGS="--trace … --flee
 	@$(BIN)/tandem twin --json reports/twin.json --plot reports/twin.svg $(FLAGS)
 
 .PHONY: twin-scaling
-twin-scaling: setup  ## ways to size the group over days in the twin, beside an oracle: tables, a plot (five minutes)
+twin-scaling: setup  ## ways to size the group over days in the twin, beside an oracle: tables, a plot (seven minutes)
 	@$(BIN)/python -m router.twin.scaling --plot reports/twin-scaling.svg $(FLAGS)
 
 .PHONY: twin-check

@@ -91,6 +91,8 @@ class Side:
     prefill_h: float
     decode_h: float
     scalings: int
+    first: Size
+    """That it begins with: of all but the static one, the oracle's."""
     peak: Size
     line: Timeline
 
@@ -129,6 +131,7 @@ class Case:
         return Side(
             name, found, hours[Role.PREFILL], hours[Role.DECODE],
             scalings=sum(a != b for a, b in pairwise(sizes)),
+            first=start,
             peak=Size(max(s.prefill for s in sizes), max(s.decode for s in sizes)),
             line=timeline(twin, group, _coarse(OBJECTIVE)),
         )  # fmt: skip
@@ -245,11 +248,11 @@ def all_sides(job: tuple[Case, tuple[float, float]]) -> list[Side]:
     _settle()
     oracle = case.oracle()
     return [
-        case.run("ours", ours()),
-        case.run("ours, more cautious", ours(CAUTIOUS)),
-        case.run("keda, usual", keda(*keda_usual())),
-        case.run("keda, best of grid", keda(*best)),
-        case.run("hpa, 70 % busy", hpa()),
+        case.run("ours", ours(), oracle.first),
+        case.run("ours, more cautious", ours(CAUTIOUS), oracle.first),
+        case.run("keda, usual", keda(*keda_usual()), oracle.first),
+        case.run("keda, best of grid", keda(*best), oracle.first),
+        case.run("hpa, 70 % busy", hpa(), oracle.first),
         case.run("static", Fixed(oracle.peak), oracle.peak),
         oracle,
     ]
