@@ -94,6 +94,7 @@ def _policy(settings: ControllerSettings) -> SizingPolicy:
         up_cooldown_s=settings.up_cooldown_s,
         down_cooldown_s=settings.down_cooldown_s,
         down_window_s=settings.down_window_s,
+        caution=settings.caution,
     )
 
 

@@ -8,9 +8,11 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from controller.core.sizing import SizingPolicy
 from controller.flags import Ports, Roles, Url
 from workers.flags import FileToWrite, Port, Seconds, Text
 
+_USUAL = SizingPolicy()
 Replicas = Annotated[int, Field(ge=1, le=10_000)]
 
 
@@ -32,21 +34,31 @@ class ControllerSettings(BaseSettings):
     prefill_max: Replicas = Field(8, description="most prefill workers")
     decode_min: Replicas = Field(1, description="least decode workers")
     decode_max: Replicas = Field(8, description="most decode workers")
-    ttft_objective_s: float = Field(2.0, gt=0, description="as the routers have it")
-    itl_objective_s: float = Field(0.1, gt=0, description="as the routers have it")
+    ttft_objective_s: float = Field(_USUAL.ttft_s, gt=0, description="as the routers have it")
+    itl_objective_s: float = Field(_USUAL.itl_s, gt=0, description="as the routers have it")
     attainment: float = Field(
-        0.99, gt=0, le=1, description="share of requests that should meet both objectives"
+        _USUAL.attainment,
+        gt=0,
+        le=1,
+        description="share of requests that should meet both objectives",
     )
-    look_s: Seconds = Field(15, description="between two looks at the group")
+    look_s: Seconds = Field(_USUAL.look_s, description="between two looks at the group")
     startup_s: Seconds = Field(
-        90, description="from asking for a worker until it serves, before it has been seen"
+        _USUAL.startup_s,
+        description="from asking for a worker until it serves, before it has been seen",
     )
-    up_cooldown_s: Seconds = Field(15, description="between two enlargements of a role")
+    up_cooldown_s: Seconds = Field(
+        _USUAL.up_cooldown_s, description="between two enlargements of a role"
+    )
     down_cooldown_s: Seconds = Field(
-        60, description="after any change of a role it is not made smaller for so long"
+        _USUAL.down_cooldown_s,
+        description="after any change of a role it is not made smaller for so long",
     )
     down_window_s: Seconds = Field(
-        180, description="a role is made smaller only to what sufficed for so long"
+        _USUAL.down_window_s, description="a role is made smaller only to what sufficed for so long"
+    )
+    caution: float = Field(
+        _USUAL.caution, ge=0, le=10, description="standard deviations on top of the forecast"
     )
     lease_name: Text | None = Field(None, description="else the group's name and -controller")
     lease_s: int = Field(15, ge=1, le=3600, description="a dead leader is replaced after so long")

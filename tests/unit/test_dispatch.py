@@ -229,6 +229,7 @@ def test_nobody_to_serve_is_refused_before_any_work() -> None:
 
 
 def test_workers_of_other_kv_layouts_are_never_paired(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", logger="router")  # The twin's command turns it off.
     f = Fakes(hello("p", Role.PREFILL, kv="a"), hello("d", Role.DECODE, kv="b"))
     [logged] = [record for record in caplog.records if record.message == "no handoff"]
     assert "p (prefill) keeps a" in logged.__dict__["reason"]
