@@ -103,6 +103,7 @@ CONTROLLER: dict[str, tuple[str, Any]] = {
     "up_cooldown_s": ("10", 10.0),
     "down_cooldown_s": ("20", 20.0),
     "down_window_s": ("30", 30.0),
+    "caution": ("2.5", 2.5),
     "lease_name": ("l", "l"),
     "lease_s": ("30", 30),
     "identity": ("i", "i"),
