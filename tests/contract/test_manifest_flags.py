@@ -31,15 +31,16 @@ def test_vllm_takes_every_flag_that_is_not_ours(overlay: str) -> None:
     from router.front import front_args
     from workers.engines.vllm_config import _KV_ROLES
 
+    model = str(K8S)  # Any folder: offline, a name would be looked for.
     engine = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     for pod in pods(build(K8S / "overlays" / overlay)):
         command, *flags = pod.args()
         if command == "worker":
             with mock.patch.dict(os.environ, pod.environment(), clear=True):
                 _, rest = read_settings(WorkerSettings, flags, prog="tandem worker", description="")
-            AsyncEngineArgs.from_cli_args(engine.parse_args(["--model", "x", *rest]))
+            AsyncEngineArgs.from_cli_args(engine.parse_args(["--model", model, *rest]))
         elif command == "router":
-            assert front_args("x", [f for f in flags if f.startswith("--served-")])
+            assert front_args(model, [f for f in flags if f.startswith("--served-")])
         else:
             # What follows a leader: its ranks are told what the leader's are.
             assert (pod.container["command"], command) == (["vllm"], "serve")
