@@ -12,7 +12,7 @@ import json
 import random
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -32,6 +32,7 @@ from router.twin.run import Options, Twin
 from router.twin.sweeps import Sweep
 from router.twin.traces import Request, Trace, own_blocks
 from workers.api import Role
+from workers.engines.sim_settings import SimSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +44,11 @@ FLAGS: Final = ["--max-model-len", "4096", "--enforce-eager"]
 LOADS: Final = (0.25, 0.5, 0.75)
 """Of the time that the prefill worker has, what prompts take."""
 TARGET: Final = 0.10
+SWEEP: Final = Sweep(
+    prompts=(32, 128, 256, 512, 1024, 1500), repeats=2, batches=(1, 2, 4, 8), contexts=(64, 700),
+    outputs=16, handoffs=(128, 512, 1024),
+)  # fmt: skip
+"""A short one: there is one before and one after each level of load."""
 _QUANTILES: Final = (0.5, 0.9)
 _AT_ONCE: Final = (1, 3, 6)
 _SHORT: Final = 24
@@ -64,9 +70,7 @@ def main() -> int:
         measured = asyncio.run(_measure(args))
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(measured) + "\n", encoding="utf-8")
-        args.json.with_suffix(".toml").write_text(measured["fleet"], encoding="utf-8")
-    plan = fleet.read(str(args.fleet)) if args.fleet else _plan(measured["fleet"])
-    print(_table(measured, plan))
+    print(_table(measured, fleet.read(str(args.fleet)) if args.fleet else None))
     return 0
 
 
@@ -79,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--json",
         type=Path,
         default=Path("reports/twin-check.json"),
-        help="what was measured; beside it, as .toml, the fleet; default: %(default)s",
+        help="what was measured, fleets included; default: %(default)s",
     )
     add("--replay", type=Path, help="foretell again what this file has, without engines")
     add("--fleet", type=Path, help="with another fleet than the calibrated one")
@@ -93,31 +97,35 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     prepare(args.model)
     flags = ["--disaggregate", "always"]
     with LocalGroup(args.model, flags=FLAGS, router_flags=flags, progress=to_stderr) as group:
-        channels = [w.channel for w in group.workers]
-        found = await asyncio.to_thread(measure, channels, Sweep(), to_stderr, one_host=True)
-        _add_front(found, await _served(group.url, args.model))
-        alone = await _alone(group.url, args.model)
-        plan = _plan(as_toml(found, latency_ms=0.2, front_ms=0.0))
-        front_s = max(0.0, median(h.ttft_s for h in alone) - _lone_s(plan))
-        to_stderr(f"the front takes {front_s * 1000:.1f} ms")
-        levels = []
+        before, levels = await _calibrate(group, args.model, turn=0), []
         for at, load in enumerate(LOADS):
             await asyncio.sleep(REST_S)
-            requests = _requests(plan, load, args.requests, seed=at)
+            requests = _requests(_plan(before), load, args.requests, seed=at)
             to_stderr(f"load {load:.0%}: {len(requests)} requests in {requests[-1].at_s:.0f} s")
-            heard = await _play(group.url, args.model, requests, seed=1000 + at)
+            heard = await _play(group.url, args.model, requests, seed=9_000_000 + at)
+            after = await _calibrate(group, args.model, turn=at + 1)
             levels.append(
                 {
                     "load": load,
+                    "fleets": [before, after],
                     "requests": [(r.at_s, r.input_tokens, r.output_tokens) for r in requests],
                     "heard": [asdict(h) for h in heard],
                 }
             )
-    return {
-        "fleet": as_toml(found, latency_ms=0.2, front_ms=front_s * 1000),
-        "alone": [asdict(h) for h in alone],
-        "levels": levels,
-    }
+            before = after
+    return {"levels": levels}
+
+
+async def _calibrate(group: LocalGroup, model: str, turn: int) -> str:
+    """The fleet as it is now: a shared machine is another from minute to minute."""
+    channels, sweep = [w.channel for w in group.workers], replace(SWEEP, seed=turn)
+    found = await asyncio.to_thread(measure, channels, sweep, to_stderr, one_host=True)
+    _add_front(found, await _served(group.url, model, turn))
+    alone = await _alone(group.url, model, turn)
+    plan = _plan(as_toml(found, latency_ms=0.2, front_ms=0.0))
+    front_s = max(0.0, median(h.ttft_s for h in alone) - _lone_s(plan))
+    to_stderr(f"the front takes {front_s * 1000:.1f} ms")
+    return as_toml(found, latency_ms=0.2, front_ms=front_s * 1000)
 
 
 _LONE: Final = Request(0.0, 128, 4, own_blocks(0, 128))
@@ -141,12 +149,12 @@ def _body(model: str, request: Request, rng: random.Random) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def _served(url: str, model: str) -> list[tuple[int, float]]:
+async def _served(url: str, model: str, turn: int) -> list[tuple[int, float]]:
     """So many streams at once through the router, and the seconds of a step of theirs."""
     found = []
     for count in _AT_ONCE:
         asked = [Request(0.0, _SHORT, _STEPS, own_blocks(n, _SHORT)) for n in range(count)]
-        heard = await _play(url, model, asked, seed=700 + count)
+        heard = await _play(url, model, asked, seed=10_000 * turn + 100 + count)
         # Between the last one's prompt and the first one's end.
         found.append((count, median(gap for h in heard for gap in h.gaps_s[_STEPS // 3 : -8])))
         to_stderr(f"{count} streams through the router: a step takes {found[-1][1] * 1000:.1f} ms")
@@ -163,10 +171,10 @@ def _add_front(found: Sequence[Calibrated], served: Sequence[tuple[int, float]])
     decode["step_s"], decode["stream_s"] = step_s + a_step_s, stream_s + a_stream_s
 
 
-async def _alone(url: str, model: str) -> list[Outcome]:
+async def _alone(url: str, model: str, turn: int) -> list[Outcome]:
     heard = []
     for n in range(_ALONE + 1):
-        heard += await _play(url, model, [_LONE], seed=500 + n)
+        heard += await _play(url, model, [_LONE], seed=10_000 * turn + 500 + n)
         await asyncio.sleep(0.2)
     return heard[1:]
 
@@ -208,7 +216,27 @@ def _foretold(plan: FleetPlan, requests: Sequence[Request]) -> Twin:
     return twin
 
 
-def _table(measured: dict[str, Any], plan: FleetPlan) -> str:
+def _between(before: FleetPlan, after: FleetPlan) -> FleetPlan:
+    """The mean of two that differ in their times alone."""
+
+    def mean(a: Any, b: Any, name: str) -> Any:
+        if not isinstance(a, float):
+            return a
+        return 2 / (1 / a + 1 / b) if name.endswith("_per_s") else (a + b) / 2
+
+    def both(a: Any, b: Any, names: Sequence[str]) -> dict[str, Any]:
+        return {n: mean(getattr(a, n), getattr(b, n), n) for n in names}
+
+    names = [f.name for f in fields(SimSettings)]
+    workers = tuple(
+        replace(a, settings=replace(a.settings, **both(a.settings, b.settings, names)),
+                beside=(a.beside + b.beside) / 2)
+        for a, b in zip(before.workers, after.workers, strict=True)
+    )  # fmt: skip
+    return replace(before, workers=workers, **both(before, after, ["latency_s", "front_s"]))
+
+
+def _table(measured: dict[str, Any], plan: FleetPlan | None) -> str:
     lines = ["| load | | real p50 | foretold | error | real p90 | foretold | error |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     worst = 0.0
@@ -217,7 +245,8 @@ def _table(measured: dict[str, Any], plan: FleetPlan) -> str:
             Request(at_s, tokens, outputs, own_blocks(n, tokens))
             for n, (at_s, tokens, outputs) in enumerate(level["requests"])
         ]
-        outcomes = _foretold(plan, requests).outcomes
+        known = plan or _between(*(_plan(text) for text in level["fleets"]))
+        outcomes = _foretold(known, requests).outcomes
         gaps = [gap * GAP_GRAIN_S for gap in outcomes.gaps.elements()]
         for name, real, said in (
             ("TTFT", [h["ttft_s"] for h in level["heard"]],

@@ -140,6 +140,7 @@ def _one(sweeper: Sweeper, line: Line, say: Callable[[str], None]) -> Calibrated
         "pair_s": pair_s,
         "stream_s": stream_s,
         "context_token_s": context_token_s,
+        "noise": found.noise,
         "chunk_tokens": chunk,
         "block_tokens": hello.block_tokens,
         "blocks_total": hello.blocks_total,

@@ -21,6 +21,8 @@ class Fit:
     """Of the samples, relative."""
     error_p90: float
     samples: int
+    noise: float = 0.0
+    """Standard deviation of the samples' errors without the far ones, relative."""
 
 
 def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> Fit:
@@ -39,7 +41,9 @@ def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> Fit:
         limit = OUTLIER * max(1e-9, sorted(errors)[len(errors) // 2])
         kept = [s for s, error in zip(samples, errors, strict=True) if error <= limit]
     errors = sorted(_error(rates, row, y) for row, y in samples)
-    return Fit(rates, errors[len(errors) // 2], errors[int(0.9 * (len(errors) - 1))], len(samples))
+    # Of a normal one, two thirds are within a standard deviation.
+    p50, p68, p90 = (errors[int(q * (len(errors) - 1))] for q in (0.5, 0.68, 0.9))
+    return Fit(rates, p50, p90, len(samples), p68)
 
 
 def _error(rates: Sequence[float], row: Sequence[float], y: float) -> float:

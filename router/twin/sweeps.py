@@ -35,6 +35,8 @@ class Sweep:
     beside: tuple[int, ...] = (1, 4)
     """Sequences that generate on one worker while the other computes prompts."""
     beside_prompts: tuple[int, ...] = (256, 512, 1024)
+    seed: int = 0
+    """Of the prompts: those of a former sweep are in the workers' caches."""
 
 
 @dataclass(slots=True)
@@ -56,7 +58,7 @@ class Sweeper:
         self._probe = probe
         self._sweep = sweep
         self._params = params
-        self._rng = random.Random(0)
+        self._rng = random.Random(f"sweep/{sweep.seed}")
 
     # ------------------------------------------------------------ prompts
 

@@ -98,7 +98,7 @@ class SimModel:
         self._end_pulls(now)
         self._plan_running()
         self._admit(now)
-        step = self.begun = step_of(self._plan, self.settings)
+        step = self.begun = step_of(self._plan, self.settings, self._steps)
         self._alike = 1
         if self.settings.instant:
             return 0.0

@@ -19,6 +19,8 @@ class SimSettings:
     pair_s: float = 0.0
     stream_s: float = 0.0
     context_token_s: float = 0.0
+    noise: float = 0.0
+    """Standard deviation of a step's time, as a share of it."""
     blocks_total: int = 2048
     block_tokens: int = 16
     token_bytes: int = 23_040

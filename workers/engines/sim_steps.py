@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+import zlib
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Final, Protocol
 
 from workers.api import Step
 
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from workers.engines.sim_settings import SimSettings
 
 
+_NORMAL: Final = NormalDist()
+
+
 class Running(Protocol):
     """A request in a step, as far as its time goes."""
 
@@ -20,8 +25,13 @@ class Running(Protocol):
     outputs: int
 
 
-def step_of(plan: Sequence[tuple[Running, int]], settings: SimSettings) -> Step | None:
-    """Of requests, each with the tokens that the step computes of it; None for none."""
+def step_of(
+    plan: Sequence[tuple[Running, int]], settings: SimSettings, number: int = 0
+) -> Step | None:
+    """Of requests, each with the tokens that the step computes of it; None for none.
+
+    `number`: the engine's steps so far, by which its noise is drawn.
+    """
     if not plan:
         return None
     s = settings
@@ -35,6 +45,8 @@ def step_of(plan: Sequence[tuple[Running, int]], settings: SimSettings) -> Step 
             context += run.computed
     seconds = s.step_s + tokens / s.prefill_tokens_per_s + attended * s.pair_s
     seconds += decodes * s.stream_s + context * s.context_token_s
+    if s.noise:
+        seconds *= _noisy(s.noise, number, tokens + context)
     return Step(
         0.0 if s.instant else seconds,
         prefill_tokens=tokens,
@@ -42,6 +54,12 @@ def step_of(plan: Sequence[tuple[Running, int]], settings: SimSettings) -> Step 
         decodes=decodes,
         context_tokens=context,
     )
+
+
+def _noisy(deviation: float, number: int, size: int) -> float:
+    """Log-normal, mean 1, and the same whenever the same step is taken."""
+    drawn = zlib.crc32(number.to_bytes(8, "little") + size.to_bytes(8, "little"))
+    return math.exp(deviation * _NORMAL.inv_cdf((drawn + 0.5) / (1 << 32)) - deviation**2 / 2)
 
 
 def lasting_s(step: Step, count: int, settings: SimSettings) -> float:
