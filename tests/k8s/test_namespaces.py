@@ -15,7 +15,7 @@ import pytest
 from deploy.local.models import prepare
 from tests.k8s.netns import Network, NoNamespaces
 from tests.k8s.pods import with_flags
-from tests.k8s.world import DRAIN_S, MODEL, WINDOW_S, World
+from tests.k8s.world import DRAIN_S, MODEL, WAIT_S, WINDOW_S, World, controller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -140,6 +140,33 @@ def test_a_router_leaves_and_clients_of_its_service_see_nothing_of_it(
             await asyncio.sleep(1)
         assert load.failed == []
         assert {a.router for a in load.answers if a.began} > {pod.http}
+
+    run(test)
+
+
+def test_the_controller_asks_for_other_sizes_and_no_client_notices(
+    run: Callable[[Test], None],
+) -> None:
+    """By bounds that the sizes of now are outside of: what it decides of load is for the twin."""
+    bounds = ("--prefill-min", "3", "--prefill-max", "3", "--decode-min", "1", "--decode-max", "1")
+
+    async def test(world: World) -> None:
+        load = world.load()
+        for role in ("prefill", "decode"):
+            world.ask(role, 2)
+        async with load.running(CLIENTS):
+            pod = await world.node.create(controller(world.api.url, *bounds), 0)
+            async with asyncio.timeout(WAIT_S):
+                while (world.asked("prefill"), world.asked("decode")) != (3, 1):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            assert world.leader == pod.name
+            await world.scale("prefill", world.asked("prefill"))
+            [stop] = await world.scale("decode", world.asked("decode"))
+            went_well(stop)
+            await world.uses(load, "tandem-prefill-2", "tandem-decode-0")
+            went_well(await world.node.delete(pod))
+        assert load.failed == []
+        assert world.leader == ""  # It gave the Lease away.
 
     run(test)
 

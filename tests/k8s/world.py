@@ -10,6 +10,7 @@ import httpx
 
 from tests.apiserver.group import NAMESPACE, Group
 from tests.apiserver.server import ApiServer
+from tests.apiserver.store import ADAPTERS, LEASES
 from tests.k8s.clients import Load, Service
 from tests.k8s.pods import Node, Template
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from tests.k8s.pods import Pod, Stop
 
 MODEL = "smollm2-135m"
-CHANNEL_PORT, PROBE_PORT, OPENAI_PORT = 7000, 7001, 8000
+CHANNEL_PORT, PROBE_PORT, OPENAI_PORT, CONTROLLER_PORT = 7000, 7001, 8000, 7002
 DRAIN_S, LEASE_S, GRACE_S = 10.0, 1.0, 15.0
 NOTICE_S = 1.5
 WINDOW_S = 1.5
@@ -79,6 +80,27 @@ def router(selector: str, api: str) -> Template:
     )
 
 
+def controller(api: str, *flags: str) -> Template:
+    """Quick to look, and sure at once."""
+    ports = f"router={OPENAI_PORT},prefill={PROBE_PORT},decode={PROBE_PORT}"
+    return Template(
+        "controller",
+        ("controller", "--http-host", "$(POD_IP)", "--identity", "$(POD_NAME)", *flags),
+        CONTROLLER_PORT,
+        GRACE_S,
+        None,
+        {
+            "CONTROLLER_GROUP": "tandem",
+            "CONTROLLER_NAMESPACE": NAMESPACE,
+            "CONTROLLER_DISCOVER_API": api,
+            "CONTROLLER_METRICS_PORTS": ports,
+            "CONTROLLER_HTTP_PORT": str(CONTROLLER_PORT),
+            "CONTROLLER_LOOK_S": "0.5",
+            "CONTROLLER_LEASE_S": "3",
+        },
+    )
+
+
 class World:
     """Lives on one event loop, which runs while a test does."""
 
@@ -128,6 +150,24 @@ class World:
         new = [n for n in range(replicas) if n not in have]
         await asyncio.gather(*(self.node.create(template, n) for n in new))
         return stops
+
+    def ask(self, role: str, replicas: int) -> None:
+        """As an operator does, through the role's scaling adapter."""
+        content = {"metadata": {"name": f"{self.group.name}-{role}"}}
+        self.api.store.put(ADAPTERS, NAMESPACE, {**content, "spec": {"replicas": replicas}})
+
+    def asked(self, role: str) -> int:
+        """What the adapter says now."""
+        found = self.api.store.get(ADAPTERS, NAMESPACE, f"{self.group.name}-{role}")
+        replicas: int = found["spec"]["replicas"]
+        return replicas
+
+    @property
+    def leader(self) -> str:
+        """Who holds the controllers' Lease; nobody: ''."""
+        found = self.api.store.get(LEASES, NAMESPACE, f"{self.group.name}-controller")
+        holder: str = found["spec"]["holderIdentity"]
+        return holder.partition("_")[0]
 
     async def knows(self) -> None:
         """Until every serving router counts on all workers that serve, and on no others."""
