@@ -75,20 +75,8 @@ class Answers:
 
 
 @pytest.fixture(scope="module")
-def by_transport() -> dict[str, Answers]:
-    """Asked once: pytest makes what hangs on a parameter anew for each of a test's cases."""
-    return {}
-
-
-@pytest.fixture
-def of_lengths(
-    over: tuple[str, LocalGroup], one_engine: OneEngine, by_transport: dict[str, Answers]
-) -> Answers:
-    name, group = over
-    if name not in by_transport:
-        bodies = [of_length(n) for n in lengths_over(name)]
-        by_transport[name] = Answers(group.url, one_engine, bodies)
-    return by_transport[name]
+def of_lengths(over: tuple[str, LocalGroup], one_engine: OneEngine) -> Answers:
+    return Answers(over[1].url, one_engine, [of_length(n) for n in lengths_over(over[0])])
 
 
 @pytest.mark.parametrize(
