@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,6 @@ if TYPE_CHECKING:
     from deploy.local.group import LocalGroup
 
 MODEL = "smollm2-135m"
-TRANSPORTS = ["ucx", "tcp", "collective"]
-EVERYTHING = os.environ.get("TANDEM_LONG") == "1"
-"""`make test-long`: what `make test` has no time for."""
 BLOCK = 128
 LEASE_S, ANSWER_S, READ_S = 8.0, 2.0, 4.0
 """The group's patience, short so that a test can wait for its end."""

@@ -9,7 +9,7 @@ import pytest
 from deploy.local.aggregated import Aggregated
 from deploy.local.group import LocalGroup
 from deploy.local.models import prepare
-from tests.integration.asking import ANSWER_S, LEASE_S, MODEL, READ_S, TRANSPORTS, OneEngine
+from tests.integration.asking import ANSWER_S, LEASE_S, MODEL, READ_S, OneEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +48,7 @@ def aggregated() -> Iterator[str]:
         yield running.url
 
 
-@pytest.fixture(scope="session", params=TRANSPORTS)
+@pytest.fixture(scope="session", params=["ucx", "tcp", "collective"])
 def over(request: pytest.FixtureRequest) -> Iterator[tuple[str, LocalGroup]]:
     """A group for each transport, and its name. `ucx` is what `group` picks by itself."""
     name = request.param
@@ -68,7 +68,7 @@ def one_engine(aggregated: str) -> OneEngine:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All of a transport's tests together: a group takes half a minute to start."""
-    order = {name: place for place, name in enumerate(TRANSPORTS)}
+    order = {"ucx": 0, "tcp": 1, "collective": 2}
 
     def transport(item: pytest.Item) -> int:
         callspec = getattr(item, "callspec", None)

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.integration.asking import (
-    BLOCK,
-    EVERYTHING,
-    TRANSPORTS,
-    OneEngine,
-    await_free,
-    complete,
-    random_prompt,
-)
+from tests.integration.asking import BLOCK, OneEngine, await_free, complete, random_prompt
 
 if TYPE_CHECKING:
     from deploy.local.group import LocalGroup
@@ -28,11 +20,6 @@ AT_ONCE = 4
 
 LENGTHS = [1, 2, 5, 17, 64, 100, 126, 127, 128, 129, 130, 200, 255, 256, 257, 300, 383, 384, 385,
            450, 512, 513, 640, 700, 768, 900, 1023, 1024, 1025, 1200, 1300, 1500]  # fmt: skip
-
-
-def lengths_over(transport: str) -> list[int]:
-    """All over the usual one; half of them over others, unless there is time (`make test-long`)."""
-    return LENGTHS if transport == "ucx" or EVERYTHING else LENGTHS[::2]
 
 
 def body_of(length: int, salt: str, **options: Any) -> dict[str, Any]:
@@ -76,18 +63,14 @@ class Answers:
 
 @pytest.fixture(scope="module")
 def of_lengths(over: tuple[str, LocalGroup], one_engine: OneEngine) -> Answers:
-    return Answers(over[1].url, one_engine, [of_length(n) for n in lengths_over(over[0])])
+    return Answers(over[1].url, one_engine, [of_length(length) for length in LENGTHS])
 
 
-@pytest.mark.parametrize(
-    ("over", "length"),
-    [(name, length) for name in TRANSPORTS for length in lengths_over(name)],
-    indirect=["over"],
-)
+@pytest.mark.parametrize("length", LENGTHS)
 def test_tokens_are_those_of_one_engine_over_each_transport(
     over: tuple[str, LocalGroup], of_lengths: Answers, length: int
 ) -> None:
-    record = of_lengths.record(lengths_over(over[0]).index(length))
+    record = of_lengths.record(LENGTHS.index(length))
     assert (record["prefill_worker"], record["decode_worker"]) == ("prefill-0", "decode-0")
     assert record["kv_failed"] is None
     assert record["kv_transport"] == over[0]
