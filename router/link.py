@@ -137,7 +137,6 @@ class Link:
         except zmq.Again:
             if self.worker_id is not None:
                 self.lost(f"takes no more than {SEND_QUEUE_MAX} messages")
-            return
         # The descriptor tells of edges only, and sending may have consumed one.
         if _readable(self._socket):
             self._loop.call_soon(self._receive)

@@ -65,14 +65,15 @@ class Channel:
 
     def send(self, router: bytes, message: ToRouter) -> bool:
         """False when the router is gone or takes no more."""
+        sent = True
         try:
             self._socket.send_multipart([router, encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
-            return False
-        # The descriptor tells of edges only, and sending may have consumed one.
+            sent = False
+        # The descriptor tells of edges only, and sending may have consumed one, in vain or not.
         if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._loop.call_soon(self._receive)
-        return True
+        return sent
 
     def close(self) -> None:
         self._loop.remove_reader(self._descriptor)

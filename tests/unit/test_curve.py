@@ -18,13 +18,13 @@ from router.ask import Ask
 from router.core.compat import RouterFacts
 from router.dispatch import Dispatch
 from router.link import Curve, Links
-from tests.unit.test_worker_channel import FAST, WAIT_S, generate, place, run
+from tests.unit.test_worker_channel import FAST, WAIT_S, generate, place, run, until
 from workers.api import SILENCE_S, Finish
 from workers.gate import verdict
 from workers.keys import WorkerKeys
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
     from router.core.errors import RouterError
     from tests.unit.test_worker_channel import Place
@@ -174,12 +174,6 @@ async def router(curve: Curve | None, *addresses: str) -> AsyncIterator[Router]:
         beating.cancel()
         async with asyncio.timeout(WAIT_S):
             await asyncio.wait([beating])
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not true():  # noqa: ASYNC110  # Another says when.
-            await asyncio.sleep(0.01)
 
 
 @pytest.fixture

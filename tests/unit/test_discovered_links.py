@@ -11,9 +11,9 @@ from controller.core.peers import Change, Kind, Peer
 from router.ask import Ask
 from router.core.errors import NoWorkers
 from router.discover import Follower
-from tests.unit.test_curve import Router, router, until
+from tests.unit.test_curve import Router, router
 from tests.unit.test_dispatch import hello
-from tests.unit.test_worker_channel import FAST, place, run
+from tests.unit.test_worker_channel import FAST, place, run, until
 from workers.api import Role
 
 OUTPUTS = 300

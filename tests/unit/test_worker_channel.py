@@ -149,6 +149,12 @@ async def place(
         channel.close()
 
 
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not true():  # noqa: ASYNC110  # Another says when.
+            await asyncio.sleep(0.01)
+
+
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
     asyncio.run(coroutine)
 
@@ -320,6 +326,35 @@ def test_a_silent_routers_requests_are_aborted(monkeypatch: pytest.MonkeyPatch) 
                     await asyncio.sleep(0.05)
             await other.say(generate("s"))
             assert (await other.end_of("s")).finish is Finish.LENGTH
+
+    run(test())
+
+
+def test_who_comes_while_another_is_sent_to_in_vain_is_heard() -> None:
+    """What is sent to a router that is gone takes in the news of all the others, too."""
+    heard: dict[bytes, str] = {}
+
+    class Ear:
+        def on_message(self, router: bytes, message: ToWorker) -> None:
+            assert isinstance(message, RouterHello)
+            heard[router] = message.router_id
+
+    async def test() -> None:
+        channel = Channel("127.0.0.1", 0, Ear())
+        with zmq.Context() as context:
+            first, second = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
+            first.connect(channel.address)
+            first.send(encode(RouterHello(PROTOCOL, "first", None, None)))
+            await until(lambda: list(heard.values()) == ["first"])
+            [gone] = heard
+            first.close(linger=0)
+            second.connect(channel.address)
+            second.send(encode(RouterHello(PROTOCOL, "second", None, None)))
+            time.sleep(0.3)  # noqa: ASYNC251  # Our loop is busy while both arrive.
+            assert not channel.send(gone, Refused("nobody"))
+            await until(lambda: "second" in heard.values())
+            second.close(linger=0)
+        channel.close()
 
     run(test())
 
