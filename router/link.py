@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BEAT_S: Final = 1.0
+HELD_UP_S: Final = 1.0
+"""A beat so much late: our process stood still, and what others said meanwhile is still unread."""
 RECEIVE_MAX: Final = 64
 """Messages taken from one socket before the loop may do something else."""
 LINKS_MAX: Final = 4000
@@ -315,15 +317,19 @@ class Links:
 
     async def run(self) -> None:
         """Beat until cancelled."""
+        clock = asyncio.get_running_loop().time
+        due = clock()
         try:
             while True:
                 for link in self:
                     link.beat()
-                self.dispatch.tick()
+                if clock() - due < HELD_UP_S:  # Else their silence may have been ours.
+                    self.dispatch.tick()
                 for link in self:
                     if link.worker_id and self.dispatch.fleet.get(link.worker_id) is None:
                         link.lost("given up")
                 self._part()
+                due = clock() + BEAT_S
                 await asyncio.sleep(BEAT_S)
         finally:
             self.close()

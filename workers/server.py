@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+HELD_UP_S: Final = 1.0
+"""So much late, our own process stood still, and what routers said meanwhile is still unread."""
 STALL_S: Final = 60.0
 """Busy without a step for this long is dead."""
 
@@ -333,12 +335,14 @@ class Worker:
 
     async def _tick(self) -> None:
         while True:
+            due = self._clock() + LOAD_INTERVAL_S / 2
             await asyncio.sleep(LOAD_INTERVAL_S / 2)
             now = self._clock()
+            held_up = now - due > HELD_UP_S
             if not self._owners:
                 self._stepped_at = now
             for router, known in list(self._routers.items()):
-                if now - known.heard_at > SILENCE_S:
+                if now - known.heard_at > SILENCE_S and not held_up:
                     self._forget(router, f"silent for {now - known.heard_at:.1f} s")
                 elif now - known.told_at >= LOAD_INTERVAL_S:
                     self._send(router, self._batch(router, self.load, []))

@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import pytest
+import uvloop
 
 from controller.core.peers import Change, Kind, Peer
 from router.ask import Ask
@@ -144,3 +145,26 @@ def test_who_comes_back_while_it_leaves_is_kept(monkeypatch: pytest.MonkeyPatch)
             await here.is_served()
 
     run(test())
+
+
+def test_who_stood_still_hears_the_others_before_it_calls_them_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On uvloop, as in production: it runs late timers before it reads."""
+    for name in ("router.core.fleet.SILENCE_S", "workers.server.SILENCE_S"):
+        monkeypatch.setattr(name, 1.5)
+    for name in ("router.link.HELD_UP_S", "workers.server.HELD_UP_S"):
+        monkeypatch.setattr(name, 0.5)
+
+    async def test() -> None:
+        async with place() as worker, router(None) as here:
+            tell(here, worker.channel.address, Kind.READY)
+            await here.is_served()
+            known = here.dispatch.fleet.get("w1")
+            time.sleep(2.0)  # noqa: ASYNC251  # Both are on this loop.
+            await asyncio.sleep(0.5)
+            assert known is not None
+            assert here.dispatch.fleet.get("w1") is known
+            await here.is_served()
+
+    uvloop.run(test())
