@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from math import inf
 from typing import TYPE_CHECKING
 
 import msgspec
-import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from controller.leader import clock
 from controller.observe import Bounds
 from controller.records import RECORDS_MAX
+from workers.serving import SmallServer, probe
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -25,30 +23,21 @@ if TYPE_CHECKING:
     from controller.loop import Loop
 
 
-class HttpSide:
+class HttpSide(SmallServer):
     """Bound at once; it answers while it runs."""
 
     def __init__(self, host: str, port: int, loop: Loop, leadership: Leadership) -> None:
         """Bind. Raises OSError when the address is taken."""
-        self._socket = socket.create_server((host, port))
-        self.address = f"http://{host}:{self._socket.getsockname()[1]}"
+        routes = [
+            Route("/livez", self._livez),
+            Route("/readyz", self._readyz),
+            Route("/metrics", self._scrape),
+            Route("/decisions", self._decisions),
+        ]
+        super().__init__(host, port, routes)
         self._loop = loop
         self._leadership = leadership
         self._began_at = clock()
-        app = Starlette(
-            routes=[
-                Route("/livez", self._livez),
-                Route("/readyz", self._readyz),
-                Route("/metrics", self._scrape),
-                Route("/decisions", self._decisions),
-            ]
-        )
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", access_log=False)
-        self._server = uvicorn.Server(config)
-
-    async def run(self) -> None:
-        # Not `serve`, which takes the signals: the process's own decide when everything ends.
-        await self._server._serve([self._socket])
 
     async def _livez(self, _: Request) -> Response:
         """Both loops move, whatever comes of it: an API server that is away is no reason to die."""
@@ -56,19 +45,19 @@ class HttpSide:
         limit_s = 3 * self._loop.look_s + 2 * Bounds().look_s
         looked_s = min(now - self._loop.ended_at, clock() - self._began_at)
         if looked_s > limit_s:
-            return _probe(f"no look ended for {looked_s:.0f} s")
+            return probe(f"no look ended for {looked_s:.0f} s")
         stepped_s = clock() - self._leadership.stepped_at
         # The longest Retry-After that is kept, and more. A dry run has no election.
         if stepped_s > 60 + 2 * terms.duration_s and not self._loop.dry_run:
-            return _probe(f"the election stands still for {stepped_s:.0f} s")
-        return _probe(None)
+            return probe(f"the election stands still for {stepped_s:.0f} s")
+        return probe(None)
 
     async def _readyz(self, _: Request) -> Response:
         """It has seen the whole group once."""
         if self._loop.looked_at is not None:
-            return _probe(None)
+            return probe(None)
         last = self._loop.records.last
-        return _probe(last.reason if last else "it has not looked yet")
+        return probe(last.reason if last else "it has not looked yet")
 
     async def _scrape(self, _: Request) -> Response:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
@@ -88,7 +77,3 @@ class HttpSide:
             "decisions": self._loop.records.since(now - since_s, max(0, most)),
         }
         return Response(msgspec.json.encode(content), media_type="application/json")
-
-
-def _probe(trouble: str | None) -> Response:
-    return PlainTextResponse(trouble or "ok", status_code=503 if trouble else 200)

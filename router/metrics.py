@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from workers.api import Role
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prometheus_client import Metric
 
     from router.core.caches import Caches
-    from router.core.fleet import WorkerView
     from router.dispatch import Dispatch
     from router.journal import Record
 
@@ -126,9 +123,7 @@ class DemandMetrics:
         REGISTRY.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        door, fleet = self._dispatch.door, self._dispatch.fleet
-        d, paces = door.demand, [w.rates.prefill_tokens_per_s for w in fleet if _prefills(w)]
-        known = [pace for pace in paces if pace]
+        door, d = self._dispatch.door, self._dispatch.door.demand
         for name, text, value in (
             ("tandem_router_arrived_total", "Requests that arrived", d.requests),
             ("tandem_router_arrived_tokens_total", "Their uncached tokens", d.uncached_tokens),
@@ -139,20 +134,16 @@ class DemandMetrics:
         ):
             yield CounterMetricFamily(name, text, value)
         for name, text, value in (
-            ("tandem_router_running_requests", "On workers", self._running),
+            (
+                "tandem_router_running_requests",
+                "On workers",
+                len(self._dispatch) - len(door.queue),
+            ),
             ("tandem_router_queue_prompt_tokens", "Waiting", door.queue.uncached_tokens),
             (
                 "tandem_router_prefill_tokens_per_second",
                 "Of a busy prefill worker",
-                sum(known) / len(known) if known else 0.0,
+                self._dispatch.fleet.prefill_tokens_per_s,
             ),
         ):
             yield GaugeMetricFamily(name, text, value)
-
-    @property
-    def _running(self) -> int:
-        return len(self._dispatch) - len(self._dispatch.door.queue)
-
-
-def _prefills(view: WorkerView) -> bool:
-    return view.hello.role is Role.PREFILL

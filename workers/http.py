@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+
+from workers.serving import SmallServer, probe
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -18,50 +17,32 @@ if TYPE_CHECKING:
     from workers.metrics import Metrics
     from workers.server import Worker
 
-ANSWERS_S: Final = 1
-"""What is being answered when everything ends may take so long."""
 
-
-class HttpSide:
+class HttpSide(SmallServer):
     """Bound at once, so that probes and address files work while the engine loads."""
 
     def __init__(
         self, host: str, port: int, worker: Worker, metrics: Metrics, drain: Drain
     ) -> None:
         """Bind. Raises OSError when the address is taken."""
-        self._socket = socket.create_server((host, port))
-        self.address = f"http://{host}:{self._socket.getsockname()[1]}"
+        routes = [
+            Route("/livez", self._livez),
+            Route("/readyz", self._readyz),
+            Route("/metrics", self._scrape),
+            # GET too: a pod's hook can do nothing else.
+            Route("/drain", self._begin_drain, methods=["GET", "POST"]),
+            Route("/drain", self._take_back, methods=["DELETE"]),
+        ]
+        super().__init__(host, port, routes)
         self._worker = worker
         self._metrics = metrics
         self._drain = drain
-        app = Starlette(
-            routes=[
-                Route("/livez", self._livez),
-                Route("/readyz", self._readyz),
-                Route("/metrics", self._scrape),
-                # GET too: a pod's hook can do nothing else.
-                Route("/drain", self._begin_drain, methods=["GET", "POST"]),
-                Route("/drain", self._take_back, methods=["DELETE"]),
-            ]
-        )
-        config = uvicorn.Config(
-            app, log_level="warning", lifespan="off", timeout_graceful_shutdown=ANSWERS_S
-        )
-        self._server = uvicorn.Server(config)
-
-    async def run(self) -> None:
-        # Not `serve`, which takes the signals: the process's own decide when everything ends.
-        await self._server._serve([self._socket])
-
-    def leave(self) -> None:
-        """Let `run` end once what was asked is answered: whoever waits for a drain is told."""
-        self._server.should_exit = True
 
     async def _livez(self, _: Request) -> Response:
-        return _probe(self._worker.live)
+        return probe(self._worker.live)
 
     async def _readyz(self, _: Request) -> Response:
-        return _probe(self._worker.ready)
+        return probe(self._worker.ready)
 
     async def _begin_drain(self, _: Request) -> Response:
         left = await self._drain.ask()
@@ -76,7 +57,3 @@ class HttpSide:
         if not self._worker.loading:
             self._metrics.set_load(self._worker.load)
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _probe(trouble: str | None) -> Response:
-    return PlainTextResponse(trouble or "ok", status_code=503 if trouble else 200)

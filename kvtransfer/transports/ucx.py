@@ -238,14 +238,14 @@ class UcxPeer:
         self._reads.clear()
 
     def _start(self, ours: Any, local: Units, theirs: Any, remote: Units) -> _Read:
-        nixl = self._agent.make_prepped_xfer("READ", ours, local, theirs, remote)
-        state = self._agent.transfer(nixl)
+        read = _Read(
+            self._agent.make_prepped_xfer("READ", ours, local, theirs, remote), Progress.PENDING
+        )
+        state = self._agent.transfer(read.nixl)
         if state == "DONE":  # As it mostly is between processes of one machine.
-            self._agent.release_xfer_handle(nixl)
+            self._agent.release_xfer_handle(read.nixl)
             return _Read(None, Progress.DONE)
-        read = _Read(nixl, Progress.PENDING)
         self._reads.add(read)
-        del nixl
         self._judge(read, state)
         return read
 

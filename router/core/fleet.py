@@ -201,6 +201,13 @@ class Fleet:
         self._resort()
         return view
 
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Of a busy prefill worker, the mean of what was learnt; 0 before any has computed."""
+        paces = [w.rates.prefill_tokens_per_s for w in self if w.hello.role is Role.PREFILL]
+        known = [pace for pace in paces if pace]
+        return sum(known) / len(known) if known else 0.0
+
     def _resort(self) -> None:
         generating = any(
             Phase.DECODE in ACCEPTS[view.hello.role] and not view.departing for view in self

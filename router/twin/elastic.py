@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from controller.core.demand import Decision
-    from router.core.fleet import WorkerView
-    from router.twin.report import Objective
     from router.twin.run import Twin
     from workers.engines.sim_settings import SimSettings
 
@@ -50,7 +48,6 @@ class Group:
         engines: Mapping[Role, SimSettings],
         start: Size,
         law: Law,
-        objective: Objective,
         startup_s: float = 90.0,
     ) -> None:
         """`start`: workers that serve from the beginning. `look_s` may be set before the run."""
@@ -58,11 +55,9 @@ class Group:
         self.pods: list[Pod] = []
         self.decisions: list[Decision] = []
         self.seen: list[Observed] = []
-        self.objective = objective
         self._engines, self._law, self._startup_s = dict(engines), law, startup_s
         self._wanted = start
         self._made = {Role.PREFILL: 0, Role.DECODE: 0}
-        self._computed = self._judged = self._in_time = self._met = 0
         self._now = 0.0
         for role, count in ((Role.PREFILL, start.prefill), (Role.DECODE, start.decode)):
             for _ in range(count):
@@ -115,52 +110,29 @@ class Group:
     # ------------------------------------------------------------ what routers see
 
     def _observe(self, twin: Twin) -> Observed:
-        self._count(twin)
         dispatch = twin.dispatch
+        demand, queue = dispatch.door.demand, dispatch.door.queue
         views = {role: [w for w in dispatch.fleet if w.hello.role is role] for role in self._made}
-        queue = dispatch.door.queue
-        waiting = queue.tokens - len(queue) * dispatch.accounts.output_tokens_mean
         decoders = [w.load for w in views[Role.DECODE]]
         blocks = sum(load.blocks_total for load in decoders)
         free = sum(load.blocks_free for load in decoders)
         serving = {
             role: sum(not twin.workers[w.id].draining for w in views[role]) for role in self._made
         }
+        queued_on_workers = sum(w.prefill_tokens_queued for w in dispatch.fleet)
         return Observed(
             at=twin.now,
-            requests=twin.arrived,
-            prompt_tokens=twin.uncached_tokens,
-            computed_tokens=self._computed,
-            output_tokens=twin.outcomes.tokens_total,
-            judged=self._judged,
-            first_in_time=self._in_time,
-            met=self._met,
-            queued_tokens=max(0.0, waiting) + sum(w.prefill_tokens_queued for w in dispatch.fleet),
-            prefill_tokens_per_s=_pace(views[Role.PREFILL]),
+            requests=demand.requests,
+            prompt_tokens=demand.uncached_tokens,
+            computed_tokens=demand.computed_tokens,
+            output_tokens=sum(twin.outcomes.tokens),
+            judged=demand.judged,
+            first_in_time=demand.first_in_time,
+            met=demand.met,
+            queued_tokens=queue.uncached_tokens + queued_on_workers,
+            prefill_tokens_per_s=dispatch.fleet.prefill_tokens_per_s,
             running=sum(load.running for load in decoders),
             kv_share=1 - free / blocks if blocks else 0.0,
             wanted=self._wanted,
             ready=Size(serving[Role.PREFILL], serving[Role.DECODE]),
         )
-
-    def _count(self, twin: Twin) -> None:
-        outcomes, requests = twin.outcomes, twin.trace.requests
-        for number in outcomes.begun:
-            self._computed += requests[number].input_tokens - outcomes.cached_tokens[number]
-        for number in outcomes.over:
-            finished = outcomes.ended[number] == 1
-            in_time = finished and outcomes.ttft_s(number) <= self.objective.ttft_s
-            self._judged += 1
-            self._in_time += in_time
-            self._met += in_time and outcomes.itl_s(number) <= self.objective.itl_s
-        outcomes.begun.clear()
-        outcomes.over.clear()
-
-
-def _pace(views: list[WorkerView]) -> float:
-    """Prompt tokens a second in full steps: the mean of those whose steps are known."""
-    known = [w.rates for w in views if w.rates.step.samples]
-    if not known:
-        return 0.0
-    paces = [1 / (r.step.rates[0] / r.chunk_tokens + r.step.rates[1]) for r in known]
-    return sum(paces) / len(paces)

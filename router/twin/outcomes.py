@@ -28,7 +28,6 @@ class Outcomes:
         """When its first token was there; `NEVER` without one."""
         self.last_s = array("d", [NEVER]) * count
         self.tokens = array("q", [0]) * count
-        self.tokens_total = 0
         self.cached_tokens = array("q", [0]) * count
         self.refused: Counter[str] = Counter()
         """By error code: refused before any token."""
@@ -38,9 +37,6 @@ class Outcomes:
         """Between tokens, in `GAP_GRAIN_S`."""
         self.ended = bytearray(count)
         """1 for those that finished, 2 for those refused or failed."""
-        self.begun: list[int] = []
-        """Those with a first token and those that have ended, for whoever takes them out."""
-        self.over: list[int] = []
         self._clock = clock
 
     def __len__(self) -> int:
@@ -50,19 +46,17 @@ class Outcomes:
         now = self._clock()
         for delta in deltas:
             number, count = number_of(delta.request_id), len(delta.token_ids)
-            if delta.cached_tokens is not None:
-                self.cached_tokens[number] = delta.cached_tokens
             if count:
                 self._tokens(number, count, now)
+            if delta.cached_tokens is not None:
+                self.cached_tokens[number] = delta.cached_tokens
             if delta.finish is not None:
                 self.ended[number] = 1
-                self.over.append(number)
 
     def _tokens(self, number: int, count: int, now: float) -> None:
         last_s = self.last_s[number]
         if last_s == NEVER:
             self.first_s[number] = now
-            self.begun.append(number)
             if count > 1:
                 self.gaps[0] += count - 1
         else:
@@ -70,14 +64,12 @@ class Outcomes:
             self.gaps[round((now - last_s) / count / GAP_GRAIN_S)] += count
         self.last_s[number] = now
         self.tokens[number] += count
-        self.tokens_total += count
 
     def fail(self, request_id: str, error: RouterError) -> None:
         number = number_of(request_id)
         told = self.refused if self.first_s[number] == NEVER else self.failed
         told[error.code] += 1
         self.ended[number] = 2
-        self.over.append(number)
 
     # ------------------------------------------------------------ of one request
 

@@ -83,15 +83,10 @@ class Twin:
             w.worker_id: SimWorker(w, self.handoffs, self.options.alike_s) for w in fleet.workers
         }
         self._hosts: dict[str, list[SimWorker]] = {}
-        for worker in self.workers.values():
-            if worker.plan.host:
-                self._hosts.setdefault(worker.plan.host, []).append(worker)
         self.outcomes = Outcomes(array("d", [r.at_s for r in trace.requests]), lambda: self.now)
         self.submit_ns = array("q")
         """By the real clock, of each `submit`: the lookup in the index, placement, what is sent."""
         self.events = 0
-        self.uncached_tokens = 0
-        """Prompt tokens of all that came and that no cache had then; counted for a scaler."""
         self.departed: list[SimWorker] = []
         """Workers that drained and left."""
         self._scaler = scaler
@@ -167,11 +162,6 @@ class Twin:
         self.dispatch.fleet.rest(worker_id, True)  # The router's discovery sees it terminate.
         self._report(worker, worker.report(self.now))
 
-    @property
-    def arrived(self) -> int:
-        """Requests so far."""
-        return self._next
-
     def _look(self) -> None:
         assert self._scaler is not None
         self._scaler.look(self)
@@ -184,6 +174,8 @@ class Twin:
             self._greet(worker)
 
     def _greet(self, worker: SimWorker) -> None:
+        if worker.plan.host:
+            self._hosts.setdefault(worker.plan.host, []).append(worker)
         self.dispatch.on_hello(worker.hello)
         self._push(self.now + worker.interval_s, _BEAT, worker.worker_id)
 
@@ -194,6 +186,8 @@ class Twin:
             if worker.model.busy or load.leases_open or self.dispatch.is_on(worker.worker_id):
                 continue
             del self.workers[worker.worker_id]
+            if worker.plan.host:
+                self._hosts[worker.plan.host].remove(worker)
             self._awaiting.pop(worker.worker_id, None)
             self.departed.append(worker)
             self.handoffs.leave(worker.worker_id)
@@ -231,21 +225,12 @@ class Twin:
             relay=self.options.relay,
         )
         began_ns = perf_counter_ns()
-        if self._scaler is not None:
-            self.uncached_tokens += self._uncached(ask)
         try:
             self.dispatch.submit(ask)
         except RouterError as error:
             self.outcomes.fail(ask.request_id, error)
         self.submit_ns.append(perf_counter_ns() - began_ns)
         self._push_arrival()
-
-    def _uncached(self, ask: Ask) -> int:
-        """As the router foretells it for where most of it is cached."""
-        cached = self.dispatch.caches.cached_tokens(
-            ask.prompt_token_ids, ask.cache_salt, ask.lora_name
-        )
-        return len(ask.prompt_token_ids) - max(cached.values(), default=0)
 
     def _send(self, worker_id: str, message: ToWorker) -> None:
         self._push(self.now + self.fleet_plan.latency_s, _TO_WORKER, worker_id, message)

@@ -117,12 +117,15 @@ class Case:
 
     def run(self, name: str, law: Law, start: Size = START) -> Side:
         trace = self.trace
-        group = Group(ENGINES, start, law, _coarse(OBJECTIVE), STARTUP_S)
+        objective = Objective(OBJECTIVE.ttft_s, OBJECTIVE.itl_s * COARSE)
+        group = Group(ENGINES, start, law, STARTUP_S)
         group.look_s = LOOK_S
-        limits = Limits(ttft_s=OBJECTIVE.ttft_s, queue_max=len(trace.requests))
+        limits = Limits(
+            ttft_s=objective.ttft_s, itl_s=objective.itl_s, queue_max=len(trace.requests)
+        )
         twin = Twin(trace, group.plan, Options(limits=limits), group)
         twin.run()
-        found = figures(twin, _coarse(OBJECTIVE))
+        found = figures(twin, objective)
         hours = {
             role: sum(p.paid_s(trace.seconds) for p in group.pods if p.role is role) / 3600
             for role in ENGINES
@@ -133,7 +136,7 @@ class Case:
             scalings=sum(a != b for a, b in pairwise(sizes)),
             first=start,
             peak=Size(max(s.prefill for s in sizes), max(s.decode for s in sizes)),
-            line=timeline(twin, group, _coarse(OBJECTIVE)),
+            line=timeline(twin, group, objective),
         )  # fmt: skip
 
     # ------------------------------------------------------------ the oracle
@@ -172,10 +175,6 @@ class Case:
 @cache
 def _trace(day: str, seed: int) -> Trace:
     return days.generate(DAYS[day], seed, PEAK_PER_S, DAY_S).scaled(lengths=COARSE)
-
-
-def _coarse(objective: Objective) -> Objective:
-    return Objective(objective.ttft_s, objective.itl_s * COARSE)
 
 
 def _loads(trace: Trace, window_s: float) -> list[tuple[float, float]]:

@@ -10,6 +10,7 @@ import pytest
 
 from controller.core.demand import Decision, Observed, Size
 from controller.core.sizing import Sizer, SizingPolicy
+from router.core.limits import Limits
 from router.twin.elastic import Group
 from router.twin.generate import generate
 from router.twin.report import Objective
@@ -42,11 +43,11 @@ class Restless:
 
 def run(law: Law, requests: int = 400, look_s: float = 3.0) -> tuple[Twin, Group]:
     trace = generate("mooncake-conversation", 3, requests).scaled(lengths=16, time=0.25)
-    group = Group(
-        {Role.PREFILL: ENGINE, Role.DECODE: ENGINE}, Size(2, 2), law, OBJECTIVE, startup_s=4.0
-    )
+    group = Group({Role.PREFILL: ENGINE, Role.DECODE: ENGINE}, Size(2, 2), law, startup_s=4.0)
     group.look_s = look_s
-    twin = Twin(trace, group.plan, Options(), group)
+    # No objective for the first token: who can't meet one is refused.
+    limits = Limits(itl_s=OBJECTIVE.itl_s)
+    twin = Twin(trace, group.plan, Options(limits=limits), group)
     twin.run()
     return twin, group
 
@@ -80,9 +81,7 @@ def test_a_drained_worker_leaves_when_nothing_is_on_it_and_nobody_misses_it(seed
             super().left(worker_id, now)
 
     trace = generate("mooncake-conversation", 3, 300).scaled(lengths=16, time=0.25)
-    group = Watched(
-        {Role.PREFILL: ENGINE, Role.DECODE: ENGINE}, Size(2, 2), Restless(seed), OBJECTIVE, 4.0
-    )
+    group = Watched({Role.PREFILL: ENGINE, Role.DECODE: ENGINE}, Size(2, 2), Restless(seed), 4.0)
     group.look_s = 3.0
     watched = Twin(trace, group.plan, Options(), group)
     watched.run()
