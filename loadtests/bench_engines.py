@@ -35,6 +35,7 @@ async def run(model: str, folder: str, say: Callable[[str], None]) -> dict[str, 
     with ExitStack() as stack:
         say("aggregated: one vLLM server, loading")
         aggregated = stack.enter_context(Aggregated(folder, served_as=model, flags=FLAGS))
+        aggregated.await_ready()
         group = stack.enter_context(
             LocalGroup(model, flags=FLAGS, router_flags=["--disaggregate", "always"], progress=say)
         )

@@ -66,6 +66,7 @@ async def run(model: str, folder: str, repeats: int) -> dict[str, Any]:
         at_once = ours.add_router("router-at-once", [*APART, "--reserve", "at_dispatch"])
         whole = ours.add_router("router-whole", [*APART, "--reserve", "at_prefill_done"])
         one = stack.enter_context(Aggregated(folder, served_as=model, flags=FLAGS))
+        one.await_ready()
         sides = {
             STREAMED: ours.url, AT_ONCE: at_once.http, WHOLE: whole.http, AGGREGATED: one.url,
         }  # fmt: skip

@@ -223,7 +223,8 @@ class Dispatch:
         match delta.finish:
             case Finish.ERROR | Finish.REFUSED | Finish.ABORT:
                 reason = delta.error or f"it ended with {delta.finish}"
-                self._advance(live, life.Failed(worker_id, reason, elsewhere=True), now)
+                refused = delta.finish is Finish.REFUSED
+                self._advance(live, life.Failed(worker_id, reason, True, refused), now)
             case Finish.INVALID:
                 reason = delta.error or ""
                 self._advance(live, life.Failed(worker_id, reason, elsewhere=False), now)
@@ -363,10 +364,10 @@ class Dispatch:
     def _placed(self, live: Live, placement: Placement) -> life.Placed:
         assert isinstance(live.state, life.Placing)
         # Ids are single use: a late answer to a former try must not be taken for this one's.
-        attempt, ask = live.state.attempt, live.ask
+        number, ask = live.state.tries.number, live.ask
         self._forget_wires(live)
         live.prompt_extras = live.cached_tokens = None  # Of a former try's prefill: of no more use.
-        live.wire_id = ask.request_id if attempt == 1 else f"{ask.request_id}/{attempt}"
+        live.wire_id = ask.request_id if number == 1 else f"{ask.request_id}/{number}"
         prefill = self.fleet.get(placement.prefill) if placement.prefill else None
         if prefill is None:
             return life.Placed(None, placement.decode)

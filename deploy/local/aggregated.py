@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Aggregated:
-    """As a context manager: ready inside, gone outside. `model` is a folder or hub name."""
+    """As a context manager: started inside, gone outside. `model` is a folder or hub name."""
 
     def __init__(self, model: str, *, served_as: str, flags: Sequence[str] = ()) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="aggregated-")
@@ -34,12 +34,10 @@ class Aggregated:
 
     def __enter__(self) -> Self:
         self.part.spawn()
-        try:
-            self.part.await_ready(self.part.check)
-        except BaseException:
-            self.__exit__()
-            raise
         return self
+
+    def await_ready(self) -> None:
+        self.part.await_ready(self.part.check)
 
     def __exit__(self, *exc: object) -> None:
         # vLLM's server takes its engine down on SIGTERM in its own good time; nothing is lost here.

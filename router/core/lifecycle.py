@@ -40,8 +40,7 @@ from router.core.errors import (
     WorkerFailed,
     WorkerLost,
 )
-
-ATTEMPTS_MAX = 3
+from router.core.tries import FIRST, Tries
 
 
 class Outcome(StrEnum):
@@ -57,13 +56,13 @@ class Outcome(StrEnum):
 class Waiting:
     """In the queue, until it is its turn and there is room."""
 
-    attempt: int = 1
+    tries: Tries = FIRST
     avoid: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Placing:
-    attempt: int = 1
+    tries: Tries = FIRST
     avoid: str | None = None
 
 
@@ -73,7 +72,7 @@ class Prefilling:
 
     prefill: str
     decode: str
-    attempt: int
+    tries: Tries
     ticket: bytes | None = None
     reserved: bool = False
     """The decode worker has been asked."""
@@ -84,7 +83,7 @@ class Decoding:
     """`ticket` is kept until the decode worker's first token: the KV may still be at `prefill`."""
 
     decode: str
-    attempt: int
+    tries: Tries
     prefill: str | None = None
     ticket: bytes | None = None
     said: int = 0
@@ -188,6 +187,8 @@ class Failed:
     worker: str
     reason: str
     elsewhere: bool
+    refused: bool = False
+    """It did not take it on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +253,7 @@ def unsaid(state: State, token_ids: list[int]) -> list[int] | None:
 def _waiting(state: Waiting, event: Event) -> Step:
     match event:
         case Turn():
-            return Placing(state.attempt, state.avoid), (Place(state.avoid),)
+            return Placing(state.tries, state.avoid), (Place(state.avoid),)
         case Refused(error):
             return Ended(Outcome.FAILED), (FailClient(error),)
         case ClientGone() | Enough():
@@ -267,11 +268,11 @@ def _waiting(state: Waiting, event: Event) -> Step:
 def _placing(state: Placing, event: Event) -> Step:
     match event:
         case NoRoom():
-            return Waiting(state.attempt, state.avoid), (Enqueue(),)
+            return Waiting(state.tries, state.avoid), (Enqueue(),)
         case Placed(prefill=None, decode=decode):
-            return Decoding(decode, state.attempt), (SendBoth(decode),)
+            return Decoding(decode, state.tries), (SendBoth(decode),)
         case Placed(str(prefill), decode, ticket, reserve):
-            after = Prefilling(prefill, decode, state.attempt, ticket, reserve)
+            after = Prefilling(prefill, decode, state.tries, ticket, reserve)
             if reserve and ticket is not None:
                 return after, (SendDecode(decode, ticket), SendPrefill(prefill, ticket))
             return after, (SendPrefill(prefill, ticket),)
@@ -289,7 +290,7 @@ def _prefilling(state: Prefilling, event: Event) -> Step:
         case PrefillDone(ticket, relayed):
             ticket = state.ticket or ticket
             assert ticket is not None, "a finished prefill has a ticket"
-            after = Decoding(state.decode, state.attempt, state.prefill, ticket, relayed=relayed)
+            after = Decoding(state.decode, state.tries, state.prefill, ticket, relayed=relayed)
             told = () if relayed is None else _DELIVER
             return after, told if state.reserved else (*told, SendDecode(state.decode, ticket))
         case LastStep():
@@ -302,9 +303,9 @@ def _prefilling(state: Prefilling, event: Event) -> Step:
             # The decode worker has everything, and was heard before the prefill worker.
             if finished:
                 return Ended(Outcome.FINISHED), _DELIVER
-            return Decoding(state.decode, state.attempt, said=count), _DELIVER
-        case Failed(worker, reason, elsewhere):
-            return _anew(state, worker, _failure(worker, reason, elsewhere))
+            return Decoding(state.decode, state.tries, said=count), _DELIVER
+        case Failed(worker, refused=refused):
+            return _anew(state, worker, _failure(event), refused)
         case Lost(worker, reason) if worker in (state.prefill, state.decode):
             # If the decode worker: the prefill worker's cache makes the new try cheap.
             return _anew(state, worker, WorkerLost(worker, reason=reason, tokens_sent=0))
@@ -318,8 +319,8 @@ def _prefilling(state: Prefilling, event: Event) -> Step:
     raise AssertionError(f"{event} while {state}")
 
 
-def _anew(state: Prefilling, avoid: str, error: RouterError) -> Step:
-    after, effects = _again(state.attempt, avoid, error)
+def _anew(state: Prefilling, avoid: str, error: RouterError, refused: bool = False) -> Step:
+    after, effects = _again(state.tries.next(refused=refused), avoid, error)
     # Whoever failed has forgotten it; to be told so again is harmless.
     return after, (*_call_off(state), *effects)
 
@@ -339,17 +340,17 @@ def _decoding(state: Decoding, event: Event) -> Step:
             if finished:
                 return Ended(Outcome.FINISHED), _DELIVER
             return _told(state, count), _DELIVER
-        case Failed(worker, reason, elsewhere) if worker == state.decode:
-            error = _failure(state.decode, reason, elsewhere)
+        case Failed(worker, refused=refused) if worker == state.decode:
+            error = _failure(event)
             if not state.can_begin_anew:
                 return Ended(Outcome.FAILED), (FailClient(error),)
-            after, effects = _again(state.attempt, state.decode, error, state.relayed)
+            after, effects = _again(state.tries.next(refused=refused), worker, error, state.relayed)
             return after, (AbortOn(state.decode), *_give_up_kv(state), *effects)
         case Lost(worker, reason) if worker == state.decode:
             lost = WorkerLost(worker, reason=reason, tokens_sent=state.tokens_sent)
             if not state.can_begin_anew:
                 return Ended(Outcome.FAILED), (FailClient(lost),)
-            after, effects = _again(state.attempt, worker, lost, state.relayed)
+            after, effects = _again(state.tries.next(refused=False), worker, lost, state.relayed)
             return after, (*_give_up_kv(state), *effects)
         case Lost() | Failed() | LastStep() | PrefillDone() | PrefillWasAll():
             return state, ()  # Whatever was not pulled yet, the decode worker computes itself.
@@ -368,17 +369,19 @@ def _told(state: Decoding, count: int) -> Decoding:
         return state
     # The first token proves that the pull is over, so the ticket is spent.
     said, relayed = state.said + count, state.relayed
-    return Decoding(state.decode, state.attempt, state.prefill, None, said, relayed)
+    return Decoding(state.decode, state.tries, state.prefill, None, said, relayed)
 
 
-def _again(attempt: int, avoid: str, error: RouterError, after: int | None = None) -> Step:
-    if isinstance(error, RequestInvalid) or attempt >= ATTEMPTS_MAX:
+def _again(tries: Tries | None, avoid: str, error: RouterError, after: int | None = None) -> Step:
+    if isinstance(error, RequestInvalid) or tries is None:
         return Ended(Outcome.FAILED), (FailClient(error),)
-    return Placing(attempt + 1, avoid), (Place(avoid, after),)
+    return Placing(tries, avoid), (Place(avoid, after),)
 
 
-def _failure(worker: str, reason: str, elsewhere: bool) -> RouterError:
-    return WorkerFailed(worker, reason=reason) if elsewhere else RequestInvalid(reason=reason)
+def _failure(failed: Failed) -> RouterError:
+    if failed.elsewhere:
+        return WorkerFailed(failed.worker, reason=failed.reason)
+    return RequestInvalid(reason=failed.reason)
 
 
 def _give_up_kv(state: Decoding) -> tuple[Effect, ...]:

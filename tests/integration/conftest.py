@@ -33,19 +33,25 @@ APART = ["--disaggregate", "always"]
 
 
 @pytest.fixture(scope="session")
-def group() -> Iterator[LocalGroup]:
+def starting() -> Iterator[Aggregated]:
+    """The engine that answers are compared with: it starts while the first group does."""
+    model = str(prepare(MODEL))
+    with Aggregated(model, served_as=MODEL, flags=[*FLAGS, *FRONT_FLAGS, *WHOLE]) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def group(starting: Aggregated) -> Iterator[LocalGroup]:
     """A router with one prefill and one decode worker, in float32."""
-    prepare(MODEL)
     with LocalGroup(MODEL, flags=[*FLAGS, *OURS], router_flags=[*FRONT_FLAGS, *APART]) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def aggregated() -> Iterator[str]:
+def aggregated(starting: Aggregated) -> str:
     """What every answer is compared with. Its address."""
-    model = str(prepare(MODEL))
-    with Aggregated(model, served_as=MODEL, flags=[*FLAGS, *FRONT_FLAGS, *WHOLE]) as running:
-        yield running.url
+    starting.await_ready()
+    return starting.url
 
 
 @pytest.fixture(scope="session", params=["ucx", "tcp", "collective"])

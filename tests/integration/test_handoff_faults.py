@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import signal
 import threading
@@ -16,6 +15,7 @@ import pytest
 
 from tests.integration.asking import (
     ANSWER_S,
+    EVERYTHING,
     LEASE_S,
     READ_S,
     OneEngine,
@@ -59,7 +59,6 @@ SOME_KILLS: dict[str, list[Kill]] = {
     "collective": [(PREFILL, 0.3)],
 }
 ALL_KILLS: list[Kill] = [(w, m) for w in WORKERS for m in MOMENTS]
-EVERYTHING = os.environ.get("TANDEM_LONG") == "1"
 
 
 PROMPTS = 9

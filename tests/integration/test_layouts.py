@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from deploy.local.group import LocalGroup
-from tests.integration.asking import MODEL, OneEngine, await_free
+from tests.integration.asking import EVERYTHING, MODEL, OneEngine, await_free
 from tests.integration.conftest import APART, FLAGS, OURS
 from tests.integration.test_equivalence import Answers, body_of, of_length
 
@@ -18,9 +17,7 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.real,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(
-        os.environ.get("TANDEM_LONG") != "1", reason="takes a minute a layout: `make test-long`"
-    ),
+    pytest.mark.skipif(not EVERYTHING, reason="takes a minute a layout: `make test-long`"),
 ]
 
 LENGTHS = [1, 63, 64, 65, 128, 300, 700]

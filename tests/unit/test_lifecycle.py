@@ -7,6 +7,7 @@ from itertools import product
 from router.core import effects
 from router.core import lifecycle as life
 from router.core.errors import NoWorkers, WaitedTooLong
+from router.core.tries import REFUSALS_MAX, TRIES_MAX, Tries
 
 _ERROR = NoWorkers("decode", known=0)
 _EVENTS: list[life.Event] = [
@@ -16,6 +17,7 @@ _EVENTS: list[life.Event] = [
     life.LastStep(), life.PrefillDone(b"t"), life.PrefillDone(b"t", 7), life.PrefillWasAll(),
     life.Tokens(1, finished=False), life.Tokens(1, finished=True),
     *(life.Failed(w, "no", elsewhere=e) for w, e in product("pd", (True, False))),
+    *(life.Failed(w, "it drains", elsewhere=True, refused=True) for w in "pd"),
     *(life.Lost(w, "gone") for w in "pdx"),
     life.ClientGone(), life.Enough(), life.Stuck(9.0),
 ]  # fmt: skip
@@ -67,11 +69,28 @@ def test_a_request_is_queued_where_there_is_no_room_and_only_there() -> None:
 
 
 def test_the_tries_and_whom_to_avoid_outlast_the_queue() -> None:
-    for attempt, avoid in product((1, 2, 3), (None, "d")):
-        waiting, _ = life.advance(life.Placing(attempt, avoid), life.NoRoom())
+    for number, avoid in product((1, 2, 3), (None, "d")):
+        tries = Tries(number, refused=number - 1)
+        waiting, _ = life.advance(life.Placing(tries, avoid), life.NoRoom())
         placing, asked = life.advance(waiting, life.Turn())
-        assert placing == life.Placing(attempt, avoid)
+        assert placing == life.Placing(tries, avoid)
         assert asked == (effects.Place(avoid),)
+
+
+def failing(*, refused: bool) -> int:
+    """After how many tries it ends, when every worker says no."""
+    state: life.State = life.Placing()
+    tries = 0
+    while not isinstance(state, life.Ended):
+        tries += 1
+        state, _ = life.advance(state, life.Placed(None, "d"))
+        state, _ = life.advance(state, life.Failed("d", "no", elsewhere=True, refused=refused))
+    return tries
+
+
+def test_who_refuses_has_tried_nothing_but_not_without_end() -> None:
+    assert failing(refused=False) == TRIES_MAX
+    assert failing(refused=True) == TRIES_MAX + REFUSALS_MAX
 
 
 def test_who_has_ended_stays_so_and_tells_the_client_once() -> None:
