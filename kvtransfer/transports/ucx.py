@@ -27,6 +27,8 @@ VERSION: Final = 1
 PROGRESS_NAP_S: Final = 0.01
 CONNECT_TIMEOUT_S: Final = 3.0
 CONNECT_NAP_S: Final = 0.001
+CMA_PIECE: Final = "8m"
+"""Of one system call's copy; UCX's 512 KiB lose a tenth (docs/adr/0005). UCX_CMA_SEG_SIZE wins."""
 
 
 class UcxDescription(msgspec.Struct, frozen=True, array_like=True):
@@ -281,9 +283,12 @@ def _agent(options: _Options) -> Any:
 
     config = nixl_agent_config(enable_prog_thread=options.progress_thread, backends=[])
     agent = nixl_agent(uuid.uuid4().hex, config)
+    settings = {} if "UCX_CMA_SEG_SIZE" in os.environ else {"CMA_SEG_SIZE": CMA_PIECE}
+    if options.tls is not None:
+        settings["TLS"] = options.tls
+    tuned = {"engine_config": ",".join(f"{name}={value}" for name, value in settings.items())}
     for backend in options.backends:
-        tuned = backend == "UCX" and options.tls is not None
-        agent.create_backend(backend, {"engine_config": f"TLS={options.tls}"} if tuned else {})
+        agent.create_backend(backend, tuned if backend == "UCX" else {})
     return agent
 
 
