@@ -224,8 +224,12 @@ def test_a_stopped_sender_leaves_room_for_another(world: World) -> None:
     address = stopped.ask("address")
     stopped.ask("arrive", Prompt("large", tokens=8 * 300))
     receiver.ask("follow", Prompt("large", tokens=8 * 300), address)
+    reads = receiver.ask("reads")
+    receiver.ask("hold")
     stopped.ask("compute", "large", 300)
-    stopped.stop()  # Long before all of the 118 MB are there.
+    receiver.ask("await_reading", reads + 1)
+    stopped.stop()  # When at most 4 of the 118 MB are there.
+    receiver.ask("go_on")
     other.ask("send", Prompt("small", tokens=40))
     receiver.ask("follow", Prompt("small", tokens=40), other.ask("address"))
     well(receiver.ask("outcome", "small", 2.0))
