@@ -24,6 +24,7 @@ from loadtests.peers_figures import quantile
 from loadtests.replay import Due, Outcome, replay
 from loadtests.sse import REST_S
 from router.twin import fleet
+from router.twin.batches import of_batch, seconds_of
 from router.twin.calibrate import as_toml, measure
 from router.twin.compare import Comparison, to_stderr
 from router.twin.fit import fit
@@ -45,8 +46,8 @@ LOADS: Final = (0.25, 0.5, 0.75)
 """Of the time that the prefill worker has, what prompts take."""
 TARGET: Final = 0.10
 SWEEP: Final = Sweep(
-    prompts=(32, 128, 256, 512, 1024, 1500), repeats=2, batches=(1, 2, 4, 8), contexts=(64, 700),
-    outputs=16, handoffs=(128, 512, 1024),
+    prompts=(32, 128, 256, 512, 1024, 1500), repeats=2, batches=(1, 2, 3, 4, 5, 6, 8),
+    contexts=(64, 700), contexts_sum=3000, outputs=16, handoffs=(128, 512, 1024),
 )  # fmt: skip
 """A short one: there is one before and one after each level of load."""
 _QUANTILES: Final = (0.5, 0.9)
@@ -163,12 +164,16 @@ async def _served(url: str, model: str, turn: int) -> list[tuple[int, float]]:
 
 def _add_front(found: Sequence[Calibrated], served: Sequence[tuple[int, float]]) -> None:
     """What router and clients add to the decode worker's steps: here they share its cores."""
-    decode = next(each for each in found if each.hello.role is not Role.PREFILL).settings
-    step_s, stream_s = float(decode["step_s"]), float(decode["stream_s"])
-    context_s = (_SHORT + _STEPS / 2) * float(decode["context_token_s"])
-    more = [max(1e-5, s - step_s - n * (stream_s + context_s)) for n, s in served]
+    decode = next(each for each in found if each.hello.role is not Role.PREFILL)
+    before = float(_SHORT + _STEPS / 2)
+    more = []
+    for n, s in served:
+        row = (1.0, 0.0, 0.0, float(n), n * before)
+        known_s = seconds_of(decode.fit.rates, row) + of_batch(decode.settings["batch_s"], row)
+        more.append(max(1e-5, s - known_s))
     a_step_s, a_stream_s = fit([(1.0, float(n)) for n, _ in served], more).rates
-    decode["step_s"], decode["stream_s"] = step_s + a_step_s, stream_s + a_stream_s
+    decode.settings["step_s"] += a_step_s
+    decode.settings["stream_s"] += a_stream_s
 
 
 async def _alone(url: str, model: str, turn: int) -> list[Outcome]:
@@ -220,6 +225,8 @@ def _between(before: FleetPlan, after: FleetPlan) -> FleetPlan:
     """The mean of two that differ in their times alone."""
 
     def mean(a: Any, b: Any, name: str) -> Any:
+        if isinstance(a, tuple):
+            return tuple(mean(x, y, name) for x, y in zip(a, b, strict=True))
         if not isinstance(a, float):
             return a
         return 2 / (1 / a + 1 / b) if name.endswith("_per_s") else (a + b) / 2

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from router.twin.batches import fit_batches, of_batch, seconds_of
 from router.twin.compare import to_stderr
 from router.twin.fit import Fit, fit
 from router.twin.probe import Probe, ProbeFailed
@@ -27,7 +28,7 @@ class Calibrated:
     """One worker, as the twin's file has it."""
 
     hello: WorkerHello
-    settings: dict[str, float | int | bool]
+    settings: dict[str, Any]
     fit: Fit
     beside: float = 1.0
     """What its steps' times are multiplied by while the other one computes."""
@@ -112,7 +113,7 @@ def _together(
     samples = sweeper.beside(prefill, decode, int(first.settings["chunk_tokens"]))
     for each, seen in zip((first, second), samples, strict=True):
         slow = [
-            y / sum(r * x for r, x in zip(each.fit.rates, row, strict=True))
+            y / (seconds_of(each.fit.rates, row) + of_batch(each.settings["batch_s"], row))
             for row, y in zip(seen.rows, seen.seconds, strict=True)
         ]
         of[each.hello.worker_id] = replace(each, beside=max(1.0, median(slow)) if slow else 1.0)
@@ -127,19 +128,20 @@ def _one(sweeper: Sweeper, line: Line, say: Callable[[str], None]) -> Calibrated
         more = sweeper.decodes(line)
         samples.rows += more.rows
         samples.seconds += more.seconds
-    found = fit(samples.rows, samples.seconds)
+    found, batch_s = fit_batches(samples)
     say(
         f"{line.hello.worker_id}: {found.samples} samples, off by {found.error_p50:.1%} in the "
         f"median and {found.error_p90:.1%} at p90"
     )
     step_s, token_s, pair_s, stream_s, context_token_s = found.rates
     hello = line.hello
-    settings: dict[str, float | int | bool] = {
+    settings: dict[str, Any] = {
         "step_s": step_s,
         "prefill_tokens_per_s": 1 / max(token_s, 1e-9),
         "pair_s": pair_s,
         "stream_s": stream_s,
         "context_token_s": context_token_s,
+        "batch_s": batch_s,
         "noise": found.noise,
         "chunk_tokens": chunk,
         "block_tokens": hello.block_tokens,
@@ -191,6 +193,8 @@ def as_toml(found: Sequence[Calibrated], latency_ms: float, front_ms: float) -> 
 
 
 def _number(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_number(v) for v in value)}]"
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if isinstance(value, int) else f"{float(value):.6g}"

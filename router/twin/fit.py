@@ -40,10 +40,15 @@ def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> Fit:
         errors = [_error(rates, row, y) for row, y in samples]
         limit = OUTLIER * max(1e-9, sorted(errors)[len(errors) // 2])
         kept = [s for s, error in zip(samples, errors, strict=True) if error <= limit]
-    errors = sorted(_error(rates, row, y) for row, y in samples)
+    return with_errors(rates, [_error(rates, row, y) for row, y in samples])
+
+
+def with_errors(rates: list[float], errors: Sequence[float]) -> Fit:
+    """Relative ones, of all samples."""
+    ordered = sorted(errors)
     # Of a normal one, two thirds are within a standard deviation.
-    p50, p68, p90 = (errors[int(q * (len(errors) - 1))] for q in (0.5, 0.68, 0.9))
-    return Fit(rates, p50, p90, len(samples), p68)
+    p50, p68, p90 = (ordered[int(q * (len(ordered) - 1))] for q in (0.5, 0.68, 0.9))
+    return Fit(rates, p50, p90, len(ordered), p68)
 
 
 def _error(rates: Sequence[float], row: Sequence[float], y: float) -> float:

@@ -153,8 +153,12 @@ def _settings(base: SimSettings, changes: Mapping[str, Any], where: str) -> SimS
     for name, given in changes.items():
         wanted = _FIELDS.get(name, int)
         value = float(given) if wanted is float and type(given) is int else given
-        if type(value) is not wanted or value < 0:
-            raise FleetInvalid(f"{where}: {name} is {value!r}")
+        if wanted is tuple:
+            value = _numbers(given)
+        elif type(value) is not wanted or value < 0:
+            value = None
+        if value is None:
+            raise FleetInvalid(f"{where}: {name} is {given!r}")
         values[name] = value
     kv_tokens = values.pop("kv_tokens", base.blocks_total * base.block_tokens)
     size = values.get("block_tokens", base.block_tokens)
@@ -164,6 +168,13 @@ def _settings(base: SimSettings, changes: Mapping[str, Any], where: str) -> SimS
     if values["blocks_total"] < 1:
         raise FleetInvalid(f"{where}: {kv_tokens} tokens of KV are no block of {size}")
     return replace(base, **values)
+
+
+def _numbers(given: Any) -> tuple[float, ...] | None:
+    """Of either sign."""
+    if not isinstance(given, list) or any(type(n) not in (int, float) for n in given):
+        return None
+    return tuple(float(n) for n in given)
 
 
 def _only(table: Mapping[str, Any], known: set[str] | frozenset[str], where: str) -> None:

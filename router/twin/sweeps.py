@@ -28,8 +28,11 @@ class Sweep:
 
     prompts: tuple[int, ...] = (16, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3000)
     repeats: int = 3
-    batches: tuple[int, ...] = (1, 2, 4, 8, 16)
+    batches: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 16)
     contexts: tuple[int, ...] = (64, 512, 1500)
+    contexts_sum: int = 6000
+    """At most so many tokens before all sequences of a batch. Each beginning is computed anew: one
+    that is shared would be read from memory once."""
     outputs: int = 24
     handoffs: tuple[int, ...] = (64, 256, 512, 1024, 2048)
     beside: tuple[int, ...] = (1, 4)
@@ -101,13 +104,13 @@ class Sweeper:
         samples = Samples()
         for context, count in product(self._sweep.contexts, self._sweep.batches):
             room = line.hello.blocks_total * line.hello.block_tokens
-            if context + count * (line.hello.block_tokens + self._sweep.outputs) > room:
+            if count * (context + line.hello.block_tokens + self._sweep.outputs) > room:
                 continue
-            shared = self._fresh(context)  # So that it is computed once.
+            if count > 1 and count * context > self._sweep.contexts_sum:
+                continue
             seen = len(line.batches)
             calls = [
-                self._ask(line, [*shared, *self._fresh(4)], self._sweep.outputs)[0]
-                for _ in range(count)
+                self._ask(line, self._fresh(context), self._sweep.outputs)[0] for _ in range(count)
             ]
             self._probe.wait(calls)
             _steps_of(line.batches[seen:], count, samples)

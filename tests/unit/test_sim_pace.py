@@ -41,6 +41,16 @@ def test_a_lone_prompt_takes_what_the_formula_says() -> None:
     assert model.begin(now) == pytest.approx(0.01 + 1e-3 + 100 * 1e-5)
 
 
+def test_a_step_that_only_generates_takes_what_its_batch_does_besides() -> None:
+    config = SimSettings(step_s=0.01, batch_s=(0.0, 0.005, -0.002))
+    run = type("Run", (), {"computed": 50, "outputs": 1})()
+    steps = [step_of([(run, 1)] * n, config) for n in (1, 2, 3, 4)]
+    assert [s.seconds for s in steps if s] == pytest.approx([0.01, 0.015, 0.008, 0.008])
+    mixed = step_of([(run, 1), (run, 1), (run, 10)], config)
+    assert mixed is not None
+    assert mixed.seconds == pytest.approx(0.01 + 10 / config.prefill_tokens_per_s)
+
+
 def test_the_defaults_are_what_they_were() -> None:
     model = engine(SimSettings())
     model.submit(ask(0, 100, 3))

@@ -18,6 +18,7 @@ latency_ms = 1
 front_ms = 4.5
 [settings]
 stream_s = 0.001
+batch_s = [0, 0.004, -1e-3]
 [[workers]]
 role = "prefill"
 count = 2
@@ -46,6 +47,7 @@ def test_a_file_says_what_differs(tmp_path: Path) -> None:
     first, second, slow = plan.workers
     assert first.settings == second.settings
     assert (first.settings.step_s, first.settings.stream_s) == (0.5, 0.001)
+    assert first.settings.batch_s == (0.0, 0.004, -0.001)
     assert (first.settings.blocks_total, first.settings.block_tokens) == (100, 64)
     assert first.settings.chunk_tokens == CPU.chunk_tokens
     assert (slow.worker_id, slow.role, slow.settings) == ("slow-0", Role.DECODE, GPU)
@@ -96,6 +98,8 @@ def test_what_is_wrong_with_counts_is_said(text: str, told: str) -> None:
         ('[[workers]]\nrole="decode"\nsettings={speed=1}', "workers 1, settings: speed"),
         ('[[workers]]\nrole="decode"\nsettings={step_s=-1}', "step_s is -1"),
         ('[[workers]]\nrole="decode"\nsettings={chunk_tokens=1.5}', "chunk_tokens is 1.5"),
+        ('[[workers]]\nrole="decode"\nsettings={batch_s=0.1}', "batch_s is 0.1"),
+        ('[[workers]]\nrole="decode"\nsettings={batch_s=["a"]}', "batch_s is"),
         ('[[workers]]\nrole="decode"\nsettings={block_tokens=0}', "above 0"),
         ('[[workers]]\nrole="decode"\n[[workers]]\nrole="decode"', "two workers have one name"),
         ('latency_ms = -1\n[[workers]]\nrole="decode"', "latency_ms is -1"),

@@ -19,6 +19,9 @@ class SimSettings:
     pair_s: float = 0.0
     stream_s: float = 0.0
     context_token_s: float = 0.0
+    batch_s: tuple[float, ...] = ()
+    """What a step that only generates takes besides, for one sequence, two, and so on; the last
+    for more. Kernels are chosen by a batch's size: two sequences can take longer than three."""
     noise: float = 0.0
     """Standard deviation of a step's time, as a share of it."""
     blocks_total: int = 2048

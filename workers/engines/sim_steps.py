@@ -45,6 +45,8 @@ def step_of(
             context += run.computed
     seconds = s.step_s + tokens / s.prefill_tokens_per_s + attended * s.pair_s
     seconds += decodes * s.stream_s + context * s.context_token_s
+    if s.batch_s and not tokens:
+        seconds = max(0.0, seconds + s.batch_s[min(decodes, len(s.batch_s)) - 1])
     if s.noise:
         seconds *= _noisy(s.noise, number, tokens + context)
     return Step(
