@@ -24,16 +24,16 @@ from loadtests.peers_figures import quantile
 from loadtests.replay import Due, Outcome, replay
 from loadtests.sse import REST_S
 from router.twin import fleet
-from router.twin.batches import of_batch, seconds_of
+from router.twin.batches import of_batch
 from router.twin.calibrate import as_toml, measure
 from router.twin.compare import Comparison, to_stderr
-from router.twin.fit import fit
+from router.twin.fit import fit, seconds_of
 from router.twin.outcomes import GAP_GRAIN_S
 from router.twin.run import Options, Twin
 from router.twin.sweeps import Sweep
 from router.twin.traces import Request, Trace, own_blocks
 from workers.api import Role
-from workers.engines.sim_settings import SimSettings
+from workers.engines.sim_settings import SimSettings, besides_s
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -226,7 +226,8 @@ def _between(before: FleetPlan, after: FleetPlan) -> FleetPlan:
 
     def mean(a: Any, b: Any, name: str) -> Any:
         if isinstance(a, tuple):
-            return tuple(mean(x, y, name) for x, y in zip(a, b, strict=True))
+            most = max(len(a), len(b))  # The largest batch may have been seen once only.
+            return tuple((besides_s(a, n) + besides_s(b, n)) / 2 for n in range(1, most + 1))
         if not isinstance(a, float):
             return a
         return 2 / (1 / a + 1 / b) if name.endswith("_per_s") else (a + b) / 2

@@ -11,7 +11,8 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING
 
-from router.twin.fit import Fit, fit, with_errors
+from router.twin.fit import Fit, fit, seconds_of, with_errors
+from workers.engines.sim_settings import besides_s
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,13 +37,9 @@ def fit_batches(samples: Samples) -> tuple[Fit, tuple[float, ...]]:
     return with_errors(rates, errors), besides
 
 
-def seconds_of(rates: Sequence[float], row: Row) -> float:
-    return sum(r * x for r, x in zip(rates, row, strict=True))
-
-
 def of_batch(besides: Sequence[float], row: Row) -> float:
     """What of them this step takes."""
-    return besides[min(int(row[3]), len(besides)) - 1] if besides and _generates(row) else 0.0
+    return besides_s(besides, int(row[3])) if _generates(row) else 0.0
 
 
 def _generates(row: Row) -> bool:

@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from router.twin.batches import fit_batches, of_batch, seconds_of
+from router.twin.batches import fit_batches, of_batch
 from router.twin.compare import to_stderr
-from router.twin.fit import Fit, fit
+from router.twin.fit import Fit, fit, seconds_of
 from router.twin.probe import Probe, ProbeFailed
 from router.twin.sweeps import Sweep, Sweeper
 from workers.api import Role

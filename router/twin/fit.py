@@ -51,8 +51,12 @@ def with_errors(rates: list[float], errors: Sequence[float]) -> Fit:
     return Fit(rates, p50, p90, len(ordered), p68)
 
 
+def seconds_of(rates: Sequence[float], row: Sequence[float]) -> float:
+    return sum(r * x for r, x in zip(rates, row, strict=True))
+
+
 def _error(rates: Sequence[float], row: Sequence[float], y: float) -> float:
-    return abs(sum(r * x for r, x in zip(rates, row, strict=True)) - y) / y
+    return abs(seconds_of(rates, row) - y) / y
 
 
 def _nonnegative(rows: Sequence[Sequence[float]]) -> list[float]:

@@ -19,7 +19,7 @@ from deploy.local.models import prepare
 from deploy.local.parts import Part, end
 from tests.apiserver.group import NAMESPACE, Group
 from tests.apiserver.server import ApiServer
-from tests.integration.asking import MODEL, complete
+from tests.asking import MODEL, complete
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,7 +11,7 @@ from deploy.local.models import prepare
 from deploy.local.parts import Part, end
 from deploy.local.peers.fleet import Fleet
 from deploy.local.peers.sides import Plan, make_front
-from tests.integration.asking import MODEL
+from tests.asking import MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

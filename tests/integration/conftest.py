@@ -9,7 +9,7 @@ import pytest
 from deploy.local.aggregated import Aggregated
 from deploy.local.group import LocalGroup
 from deploy.local.models import prepare
-from tests.integration.asking import ANSWER_S, LEASE_S, MODEL, READ_S, OneEngine
+from tests.asking import ANSWER_S, LEASE_S, MODEL, READ_S, OneEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.integration.asking import MODEL, metrics
+from tests.asking import MODEL, metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

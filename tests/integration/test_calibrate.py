@@ -13,7 +13,7 @@ from deploy.local.parts import Part, end
 from router.twin import calibrate
 from router.twin.fleet import read
 from router.twin.sweeps import Sweep
-from tests.integration.asking import LEASE_S, await_free
+from tests.asking import LEASE_S, await_free
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.integration.asking import (
+from tests.asking import (
     BLOCK,
     EVERYTHING,
     OneEngine,

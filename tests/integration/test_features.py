@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from tests.integration.asking import MODEL, complete
+from tests.asking import MODEL, complete
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

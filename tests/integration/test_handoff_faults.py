@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from tests.integration.asking import (
+from tests.asking import (
     ANSWER_S,
     EVERYTHING,
     LEASE_S,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deploy.local.group import LocalGroup
-from tests.integration.asking import EVERYTHING, MODEL, OneEngine, await_free
+from tests.asking import EVERYTHING, MODEL, OneEngine, await_free
 from tests.integration.conftest import APART, FLAGS, OURS
 from tests.integration.test_equivalence import Answers, body_of, of_length
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.integration.asking import MODEL, random_prompt
+from tests.asking import MODEL, random_prompt
 
 if TYPE_CHECKING:
     from deploy.local.group import LocalGroup

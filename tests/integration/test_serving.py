@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.integration.asking import LEASE_S, MODEL, await_free, complete
+from tests.asking import LEASE_S, MODEL, await_free, complete
 from tests.integration.conftest import FLAGS
 
 if TYPE_CHECKING:

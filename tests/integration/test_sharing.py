@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from tests.integration.asking import BLOCK, MODEL, complete, metrics, random_prompt
+from tests.asking import BLOCK, MODEL, complete, metrics, random_prompt
 
 if TYPE_CHECKING:
     from deploy.local.group import LocalGroup

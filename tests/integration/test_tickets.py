@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from kvtransfer.protocol import decode_ticket
-from tests.integration.asking import (
+from tests.asking import (
     ANSWER_S,
     BLOCK,
     LEASE_S,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.twin.batches import fit_batches, of_batch, seconds_of
-from router.twin.fit import fit
+from router.twin.batches import fit_batches, of_batch
+from router.twin.fit import fit, seconds_of
 from router.twin.probe import ProbeFailed
 from router.twin.sweeps import Samples, chunk_of
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +45,8 @@ class SimSettings:
     """Nothing takes time and no lease keeps anything: to measure what surrounds an engine."""
     streams: bool = False
     """Prompts are kept under handles that routers make up, for engines of the same process."""
+
+
+def besides_s(batch_s: Sequence[float], sequences: int) -> float:
+    """What a step that only generates takes besides, by `SimSettings.batch_s`."""
+    return batch_s[min(sequences, len(batch_s)) - 1] if batch_s else 0.0

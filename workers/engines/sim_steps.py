@@ -8,6 +8,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Final, Protocol
 
 from workers.api import Step
+from workers.engines.sim_settings import besides_s
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,8 +46,8 @@ def step_of(
             context += run.computed
     seconds = s.step_s + tokens / s.prefill_tokens_per_s + attended * s.pair_s
     seconds += decodes * s.stream_s + context * s.context_token_s
-    if s.batch_s and not tokens:
-        seconds = max(0.0, seconds + s.batch_s[min(decodes, len(s.batch_s)) - 1])
+    if not tokens:
+        seconds = max(0.0, seconds + besides_s(s.batch_s, decodes))
     if s.noise:
         seconds *= _noisy(s.noise, number, tokens + context)
     return Step(
