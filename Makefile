@@ -72,9 +72,11 @@ test-long: model  ## what `make test` has no time for: every prompt and fault ov
 	    tests/integration/test_handoff_faults.py tests/integration/test_layouts.py
 
 .PHONY: sim
-sim: setup  ## the whole fleet simulated: SEEDS (1000) runs from SEED (0) on; SEED alone is one run
+sim: setup  ## the whole fleet simulated: SEEDS (1000) runs from SEED (0) on, and as many queues; SEED alone is one run
 	@SEED=$(or $(SEED),0) SEEDS=$(or $(SEEDS),$(if $(SEED),1,1000)) \
 	    $(BIN)/python -m pytest tests/simulation/test_seeds.py -k 'every_request_ends' --maxfail 3
+	$(if $(SEED),,@SEEDS=$(or $(SEEDS),1000) $(BIN)/python -m pytest -k 'its_share or to_zero' \
+	    tests/unit/test_admission.py tests/unit/test_door.py)
 
 .PHONY: twin
 twin: setup  ## policies side by side on virtual time (FLAGS="--trace … --fleet …"): tables, no engines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 
 from hypothesis import given, settings
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from router.core.admission import PATIENCE_S, QUANTUM_TOKENS, Entry, Queue
 from router.core.limits import TENANTS_MAX, Buckets, Limits
 
+EXAMPLES = int(os.environ.get("SEEDS", "200"))
+"""`make sim` asks for more."""
 _TENANTS = "abc"
 
 
@@ -54,7 +57,7 @@ _ASKS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(_ASKS, st.tuples(*[st.floats(0.5, 8.0)] * 3))
 def test_no_tenant_that_waits_falls_behind_its_share(
     asks: list[tuple[str, int, float]], weights: tuple[float, float, float]
@@ -126,7 +129,7 @@ _DOINGS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(_DOINGS)
 def test_whatever_happens_the_accounts_return_to_zero(
     doings: list[tuple[str, int, str, int, float]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import msgspec
@@ -207,7 +208,7 @@ def test_what_a_lost_try_still_says_is_nobody_s_while_the_next_waits() -> None:
     assert f.begun()[-1] == "a/2"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=int(os.environ.get("SEEDS", "60")), deadline=None)
 @given(st.integers(0, 2**32))
 def test_whatever_comes_and_goes_budgets_return_to_zero_and_none_waits_past_the_bound(
     seed: int,
