@@ -23,16 +23,7 @@ from router.core.placement import EstimatePolicy
 from router.door import Door
 from router.journal import Journal
 from router.live import Live, Step, generate, nobody_computed
-from workers.api import (
-    Abort,
-    Batch,
-    Delta,
-    Finish,
-    KvAsk,
-    Phase,
-    Release,
-    make_ticket,
-)
+from workers.api import Abort, Batch, Delta, Finish, KvAsk, Phase, Release, make_ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -182,6 +173,7 @@ class Dispatch:
         now = self._clock()
         for worker_id, reason in self.fleet.dead(now):
             self.on_lost(worker_id, reason)
+        self.fleet.reconsider(now)
         for worker_id in self.caches.overdue(now):
             self._send(worker_id, KvAsk())
         for live in [r for r in self._live.values() if now - r.progress_at > STUCK_S]:

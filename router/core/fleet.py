@@ -18,6 +18,9 @@ STALL_S = 60.0
 """A busy worker whose step counter stands still for this long is dead. Longer than any single
 step: a GPU's chunk takes a second at most, a CPU's 8,192-token chunk some ten."""
 
+UNMEASURED_S = 10.0
+"""What a worker has shown is believed for so long without a step of its own."""
+
 
 @dataclass(slots=True, eq=False)
 class WorkerView:
@@ -33,6 +36,8 @@ class WorkerView:
     stepped_at: float
     """When `load.steps` last moved, or the worker was last idle."""
     rates: Rates = field(default_factory=Rates)
+    measured_at: float = field(init=False)
+    """When a step of its own last taught us something, or we took it for another."""
     sent: int = 0
     """`Generate`s that this router has sent here."""
     unheard: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -74,6 +79,7 @@ class WorkerView:
 
     def __post_init__(self) -> None:
         hello = self.hello
+        self.measured_at = self.heard_at
         self.id, self.tie = hello.worker_id, crc32(hello.worker_id.encode())
         said = "\0".join([hello.kv_digest, hello.model_digest, *hello.transports])
         self.family = crc32(said.encode())
@@ -88,11 +94,18 @@ class WorkerView:
             self.stepped_at = now
         if load.step is not None and load.steps != self.load.steps:
             self.rates.stepped(load.step, prefill_left=load.prefill_tokens_queued > 0)
+            self.measured_at = now
         self.load = load
         self.heard_at = now
         if self.unheard:
             for request_id in [r for r, (number, _) in self.unheard.items() if number <= heard]:
                 self._unheard_tokens -= self.unheard.pop(request_id)[1]
+        self._weigh()
+
+    def taken_for(self, other: WorkerView, now: float) -> None:
+        """It may be as quick as that one, until it shows otherwise."""
+        self.rates = Rates([other.rates])
+        self.measured_at = now
         self._weigh()
 
     def place(self, request_id: str, prompt_tokens: int) -> None:
@@ -160,6 +173,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self._views: dict[str, WorkerView] = {}
+        self._reconsidered_at: dict[Role, float] = {}
 
     def __iter__(self) -> Iterator[WorkerView]:
         return iter(self._views.values())
@@ -201,6 +215,26 @@ class Fleet:
         self._resort()
         return view
 
+    def reconsider(self, now: float) -> None:
+        """Let who was found slow, and has had nothing to do since, be tried again.
+
+        While others suffice it would never show that it has recovered: that its first steps were
+        slow, or its machine was busy. So it is taken for whichever of its role worked last: one
+        worker of a role in `UNMEASURED_S`, so that a slow half of a fleet costs one request in
+        that time, however large it is.
+        """
+        for role in Role:
+            if now - self._reconsidered_at.get(role, 0.0) < UNMEASURED_S:
+                continue
+            some = [v for v in self if v.hello.role is role and (v.computes or v.generates)]
+            idle = min((v for v in some if not v.load.busy), key=_measured_at, default=None)
+            if idle is None or now - idle.measured_at < UNMEASURED_S:
+                continue
+            busy = max(some, key=_measured_at)
+            if busy.rates.step.samples and now - busy.measured_at < UNMEASURED_S:
+                self._reconsidered_at[role] = now
+                idle.taken_for(busy, now)
+
     @property
     def prefill_tokens_per_s(self) -> float:
         """Of a busy prefill worker, the mean of what was learnt; 0 before any has computed."""
@@ -224,3 +258,7 @@ class Fleet:
             elif view.load.busy and now - view.stepped_at > STALL_S:
                 found.append((view.id, f"busy but not stepping for {now - view.stepped_at:.0f} s"))
         return found
+
+
+def _measured_at(view: WorkerView) -> float:
+    return view.measured_at

@@ -26,7 +26,8 @@ DRAIN_S, LEASE_S, GRACE_S = 10.0, 1.0, 15.0
 NOTICE_S = 1.5
 WINDOW_S = 1.5
 """RBG's gracePeriodSeconds of an in-place update."""
-WAIT_S = 20.0
+WAIT_S = 40.0
+"""Longer than two workers that seemed slow once are left alone."""
 
 
 def worker(role: str) -> Template:
@@ -183,10 +184,11 @@ class World:
 
     async def uses(self, load: Load, *names: str) -> None:
         """Until all of these have served something that begins from now on."""
-        began = asyncio.get_running_loop().time()
-        async with asyncio.timeout(WAIT_S):
-            while set(names) - set(await load.used(self.client, began, inf)):  # noqa: ASYNC110
-                await asyncio.sleep(0.2)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while set(names) - set(used := await load.used(self.client, began, inf)):
+            assert loop.time() < began + WAIT_S, f"not all of {names} are used: {used}"
+            await asyncio.sleep(0.2)
 
     async def _known(self, pod: Pod) -> set[str]:
         workers = (await self.client.get(f"{pod.http}/tandem/workers")).json()["workers"]

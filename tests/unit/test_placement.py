@@ -220,6 +220,49 @@ def view(fleet: Fleet, worker_id: str) -> WorkerView:
     return found
 
 
+def asked(fleet: Fleet, paces: dict[str, float], now: float, times: int) -> Counter[str]:
+    """Prompts one by one, five a second; each worker is so many times as slow as it should be."""
+    used: Counter[str] = Counter()
+    policy = EstimatePolicy(Disaggregate.ALWAYS)
+    steps = {w.id: w.load.steps for w in fleet}
+    for number in range(times):
+        now += 0.2
+        if number % 5 == 0:
+            fleet.reconsider(now)
+        prompt = Prompt(400, 50, tie=random.Random(number).getrandbits(32))
+        made = policy.place(prompt, list(fleet))
+        for worker_id, seconds, *what in (
+            (made.prefill or "", 0.05, 400, 80_200, 0, 0),
+            (made.decode, 0.01, 0, 0, 1, 500),
+        ):
+            used[worker_id] += 1
+            steps[worker_id] += 1
+            step = Step(seconds * paces.get(worker_id, 1.0), *what)
+            load = Load(steps[worker_id], False, 0, 0, 0, BLOCKS, BLOCKS, 0, step=step)
+            fleet.report(worker_id, load, 0, now)
+    return used
+
+
+@pytest.mark.parametrize("slow", ["p1", "d1"])
+def test_who_was_slow_once_is_used_again_within_half_a_minute(slow: str) -> None:
+    fleet = fleet_of("p1", "p2", "d1", "d2")
+    paced(fleet, slow, 4.0, random.Random(2))
+    now_at(fleet, slow)
+    assert asked(fleet, {}, 0.0, 45)[slow] == 0
+    assert asked(fleet, {}, 9.0, 105)[slow] > 5
+
+
+@pytest.mark.parametrize("slow", [1, 5])
+def test_who_is_slow_costs_the_whole_role_a_request_in_ten_seconds(slow: int) -> None:
+    paces = {f"p{number}": 4.0 for number in range(slow)}
+    fleet = fleet_of(*paces, "p9", "d1")
+    for worker_id in paces:
+        paced(fleet, worker_id, 4.0, random.Random(2))
+        now_at(fleet, worker_id)
+    used = asked(fleet, paces, 0.0, 1500)
+    assert 0 < sum(used[worker_id] for worker_id in paces) <= 1500 / 5 / 10 + 1
+
+
 def test_a_promise_is_kept_as_blocks_are_taken() -> None:
     f = Fakes(hello("d", Role.DECODE))
     f.dispatch.accounts.output_tokens_mean = 100.0
