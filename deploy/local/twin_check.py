@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import asdict, fields, replace
 from itertools import accumulate
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Final
 
 from deploy.local.group import LocalGroup
@@ -54,6 +54,14 @@ _QUANTILES: Final = (0.5, 0.9)
 _AT_ONCE: Final = (1, 3, 6)
 _SHORT: Final = 24
 _STEPS: Final = 60
+_PACES: Final = ("step_s", "pair_s", "stream_s", "context_token_s")
+_SETTLED_AT: Final = 0.5
+_SETTLED_BY: Final = 30
+"""Requests of their own, at that load, by which what traffic adds is known."""
+_ROUNDS: Final = 16
+"""From fleet to foretold and back; the last two thirds find the noise by halves."""
+_LATENCY_MS: Final = 0.2
+_NOISE_MAX: Final = 0.4
 _ALONE: Final = 9
 """Requests, one at a time, from which the front's own time is known."""
 
@@ -101,7 +109,7 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
         before, levels = await _calibrate(group, args.model, turn=0), []
         for at, load in enumerate(LOADS):
             await asyncio.sleep(REST_S)
-            requests = _requests(_plan(before), load, args.requests, seed=at)
+            requests = chats(plan_of(before), load, args.requests, seed=at)
             to_stderr(f"load {load:.0%}: {len(requests)} requests in {requests[-1].at_s:.0f} s")
             heard = await _play(group.url, args.model, requests, seed=9_000_000 + at)
             after = await _calibrate(group, args.model, turn=at + 1)
@@ -123,10 +131,12 @@ async def _calibrate(group: LocalGroup, model: str, turn: int) -> str:
     found = await asyncio.to_thread(measure, channels, sweep, to_stderr, one_host=True)
     _add_front(found, await _served(group.url, model, turn))
     alone = await _alone(group.url, model, turn)
-    plan = _plan(as_toml(found, latency_ms=0.2, front_ms=0.0))
+    plan = plan_of(as_toml(found, _LATENCY_MS, front_ms=0.0))
     front_s = max(0.0, median(h.ttft_s for h in alone) - _lone_s(plan))
     to_stderr(f"the front takes {front_s * 1000:.1f} ms")
-    return as_toml(found, latency_ms=0.2, front_ms=front_s * 1000)
+    some = chats(plan, _SETTLED_AT, _SETTLED_BY, seed=100 + turn)
+    heard = await _play(group.url, model, some, seed=10_000 * turn + 900)
+    return settled(found, front_s * 1000, some, heard)
 
 
 _LONE: Final = Request(0.0, 128, 4, own_blocks(0, 128))
@@ -176,6 +186,47 @@ def _add_front(found: Sequence[Calibrated], served: Sequence[tuple[int, float]])
     decode.settings["stream_s"] += a_stream_s
 
 
+def settled(
+    found: Sequence[Calibrated], front_ms: float, some: Sequence[Request], heard: list[Outcome]
+) -> str:
+    """The fleet, with what traffic adds to the steps of both, since router and clients are on the
+    same cores: a factor for each, by the mean time to a first token and the median gap; and the
+    noise of gaps, by their p90.
+    """
+    prefill = next(each for each in found if each.hello.role is Role.PREFILL)
+    decode = next(each for each in found if each.hello.role is not Role.PREFILL)
+    real_ttft_s = fmean(h.ttft_s for h in heard)
+    real_gaps_s = [g for h in heard for g in h.gaps_s]
+    real_gap_s, real_long_s = (quantile(real_gaps_s, q) for q in _QUANTILES)
+    factors, low, high = [1.0, 1.0], 0.0, _NOISE_MAX
+    for turn in range(_ROUNDS):
+        outcomes = foretold(plan_of(as_toml(found, _LATENCY_MS, front_ms)), some).outcomes
+        gaps = [gap * GAP_GRAIN_S for gap in outcomes.gaps.elements()]
+        said_ttft_s = fmean(outcomes.ttft_s(n) for n in range(len(some)))
+        said_gap_s, said_long_s = (quantile(gaps, q) for q in _QUANTILES)
+        off = real_ttft_s / said_ttft_s, real_gap_s / said_gap_s
+        for at, each in enumerate((prefill, decode)):
+            # By half: where prompts queue, a step that is longer by some is felt more than once.
+            _slow(each.settings, off[at] ** 0.5)
+            factors[at] *= off[at] ** 0.5
+        if turn >= _ROUNDS // 3:
+            noise = decode.settings["noise"]
+            enough = said_long_s / said_gap_s > real_long_s / real_gap_s
+            low, high = (low, noise) if enough else (noise, high)
+            decode.settings["noise"] = (low + high) / 2
+    to_stderr(
+        f"in traffic: steps take {factors[0]:.3f} and {factors[1]:.3f} times as long, "
+        f"noise {decode.settings['noise']:.1%}"
+    )
+    return as_toml(found, _LATENCY_MS, front_ms)
+
+
+def _slow(settings: dict[str, Any], factor: float) -> None:
+    settings.update({name: settings[name] * factor for name in _PACES})
+    settings["prefill_tokens_per_s"] /= factor
+    settings["batch_s"] = tuple(s * factor for s in settings["batch_s"])
+
+
 async def _alone(url: str, model: str, turn: int) -> list[Outcome]:
     heard = []
     for n in range(_ALONE + 1):
@@ -185,17 +236,17 @@ async def _alone(url: str, model: str, turn: int) -> list[Outcome]:
 
 
 def _lone_s(plan: FleetPlan) -> float:
-    return _foretold(plan, [_LONE]).outcomes.ttft_s(0)
+    return foretold(plan, [_LONE]).outcomes.ttft_s(0)
 
 
-def _plan(toml: str) -> FleetPlan:
+def plan_of(toml: str) -> FleetPlan:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fleet.toml"
         path.write_text(toml, encoding="utf-8")
         return fleet.read(str(path))
 
 
-def _requests(plan: FleetPlan, load: float, count: int, seed: int) -> list[Request]:
+def chats(plan: FleetPlan, load: float, count: int, seed: int) -> list[Request]:
     """Chats: prompts log-normal around 250 tokens, a dozen to four dozen tokens out."""
     rng = random.Random(f"twin-check/{seed}")
     lengths = [round(min(1500, max(24, rng.lognormvariate(5.5, 0.8)))) for _ in range(count)]
@@ -214,7 +265,7 @@ def _requests(plan: FleetPlan, load: float, count: int, seed: int) -> list[Reque
 # ---------------------------------------------------------------- foretold
 
 
-def _foretold(plan: FleetPlan, requests: Sequence[Request]) -> Twin:
+def foretold(plan: FleetPlan, requests: Sequence[Request]) -> Twin:
     comparison = Comparison(Trace("twin-check", requests), plan, options=Options(alike_s=0.0))
     twin = Twin(comparison.trace, plan, comparison.options)
     twin.run(comparison.policy("ours-always", twin))
@@ -253,8 +304,8 @@ def _table(measured: dict[str, Any], plan: FleetPlan | None) -> str:
             Request(at_s, tokens, outputs, own_blocks(n, tokens))
             for n, (at_s, tokens, outputs) in enumerate(level["requests"])
         ]
-        known = plan or _between(*(_plan(text) for text in level["fleets"]))
-        outcomes = _foretold(known, requests).outcomes
+        known = plan or _between(*(plan_of(text) for text in level["fleets"]))
+        outcomes = foretold(known, requests).outcomes
         gaps = [gap * GAP_GRAIN_S for gap in outcomes.gaps.elements()]
         for name, real, said in (
             ("TTFT", [h["ttft_s"] for h in level["heard"]],
