@@ -240,6 +240,7 @@ def _lone_s(plan: FleetPlan) -> float:
 
 
 def plan_of(toml: str) -> FleetPlan:
+    """As `tandem twin --fleet FILE` reads it. Raises `FleetInvalid`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fleet.toml"
         path.write_text(toml, encoding="utf-8")
@@ -266,6 +267,7 @@ def chats(plan: FleetPlan, load: float, count: int, seed: int) -> list[Request]:
 
 
 def foretold(plan: FleetPlan, requests: Sequence[Request]) -> Twin:
+    """The twin, after it has served these by the production router's own policy."""
     comparison = Comparison(Trace("twin-check", requests), plan, options=Options(alike_s=0.0))
     twin = Twin(comparison.trace, plan, comparison.options)
     twin.run(comparison.policy("ours-always", twin))

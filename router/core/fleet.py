@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -20,6 +21,7 @@ step: a GPU's chunk takes a second at most, a CPU's 8,192-token chunk some ten."
 
 UNMEASURED_S = 10.0
 """What a worker has shown is believed for so long without a step of its own."""
+_MEASURED_AT = attrgetter("measured_at")
 
 
 @dataclass(slots=True, eq=False)
@@ -220,17 +222,17 @@ class Fleet:
 
         While others suffice it would never show that it has recovered: that its first steps were
         slow, or its machine was busy. So it is taken for whichever of its role worked last: one
-        worker of a role in `UNMEASURED_S`, so that a slow half of a fleet costs one request in
-        that time, however large it is.
+        worker of a role in `UNMEASURED_S`, so that a slow half of a fleet costs about one request
+        in that time, however large it is.
         """
         for role in Role:
             if now - self._reconsidered_at.get(role, 0.0) < UNMEASURED_S:
                 continue
             some = [v for v in self if v.hello.role is role and (v.computes or v.generates)]
-            idle = min((v for v in some if not v.load.busy), key=_measured_at, default=None)
+            idle = min((v for v in some if not v.load.busy), key=_MEASURED_AT, default=None)
             if idle is None or now - idle.measured_at < UNMEASURED_S:
                 continue
-            busy = max(some, key=_measured_at)
+            busy = max(some, key=_MEASURED_AT)
             if busy.rates.step.samples and now - busy.measured_at < UNMEASURED_S:
                 self._reconsidered_at[role] = now
                 idle.taken_for(busy, now)
@@ -258,7 +260,3 @@ class Fleet:
             elif view.load.busy and now - view.stepped_at > STALL_S:
                 found.append((view.id, f"busy but not stepping for {now - view.stepped_at:.0f} s"))
         return found
-
-
-def _measured_at(view: WorkerView) -> float:
-    return view.measured_at

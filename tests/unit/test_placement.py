@@ -14,7 +14,7 @@ from router.ask import Ask
 from router.core import estimate
 from router.core.columns import ColumnsKept
 from router.core.compat import can_hand_off
-from router.core.fleet import Fleet, WorkerView
+from router.core.fleet import UNMEASURED_S, Fleet, WorkerView
 from router.core.placement import Disaggregate, EstimatePolicy, Prompt, place
 from router.dispatch import Dispatch
 from tests.unit.test_dispatch import Fakes
@@ -250,6 +250,29 @@ def test_who_was_slow_once_is_used_again_within_half_a_minute(slow: str) -> None
     now_at(fleet, slow)
     assert asked(fleet, {}, 0.0, 45)[slow] == 0
     assert asked(fleet, {}, 9.0, 105)[slow] > 5
+
+
+def test_a_tick_has_the_idle_one_taken_for_the_one_that_works() -> None:
+    f = Fakes(hello("d1", Role.DECODE), hello("d2", Role.DECODE))
+
+    def say(worker_id: str, steps: int, seconds: float) -> None:
+        load = Load(steps, False, 0, 0, 0, BLOCKS, BLOCKS, 0, step=Step(seconds, decodes=1))
+        f.dispatch.on_batch(worker_id, Batch(load, []))
+        f.dispatch.tick()
+
+    def seems_slow() -> bool:
+        return view(f.dispatch.fleet, "d1").step_s > 2 * view(f.dispatch.fleet, "d2").step_s
+
+    for number in range(1, 50):
+        say("d1", number, 0.4)
+        say("d2", number, 0.04)
+    f.now = UNMEASURED_S - 0.1
+    say("d1", 49, 0.4)
+    say("d2", 50, 0.04)
+    assert seems_slow()
+    f.now = UNMEASURED_S
+    say("d1", 49, 0.4)
+    assert not seems_slow()
 
 
 @pytest.mark.parametrize("slow", [1, 5])
