@@ -258,7 +258,6 @@ def test_a_tick_has_the_idle_one_taken_for_the_one_that_works() -> None:
     def say(worker_id: str, steps: int, seconds: float) -> None:
         load = Load(steps, False, 0, 0, 0, BLOCKS, BLOCKS, 0, step=Step(seconds, decodes=1))
         f.dispatch.on_batch(worker_id, Batch(load, []))
-        f.dispatch.tick()
 
     def seems_slow() -> bool:
         return view(f.dispatch.fleet, "d1").step_s > 2 * view(f.dispatch.fleet, "d2").step_s
@@ -269,9 +268,10 @@ def test_a_tick_has_the_idle_one_taken_for_the_one_that_works() -> None:
     f.now = UNMEASURED_S - 0.1
     say("d1", 49, 0.4)
     say("d2", 50, 0.04)
+    f.dispatch.tick()
     assert seems_slow()
     f.now = UNMEASURED_S
-    say("d1", 49, 0.4)
+    f.dispatch.tick()
     assert not seems_slow()
 
 
