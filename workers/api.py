@@ -182,6 +182,8 @@ class WorkerHello(_Message, frozen=True):
     """Where its handles are followed; empty for a worker that makes its tickets itself."""
     tells_cache: bool = True
     """It says what its prefix cache holds; else nothing is known of it."""
+    step_tokens: int = 0
+    """Prompt tokens that one step computes at most; 0 when it does not say."""
 
 
 class Refused(_Message, frozen=True):

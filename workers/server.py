@@ -182,7 +182,7 @@ class Worker:
             block_tokens=facts.block_tokens, block_bytes=facts.block_bytes,
             blocks_total=facts.blocks_total, max_model_len=facts.max_model_len,
             lease_s=me.lease_s, handoff_endpoint=facts.handoff_endpoint,
-            tells_cache=facts.tells_cache,
+            tells_cache=facts.tells_cache, step_tokens=facts.step_tokens,
         )  # fmt: skip
 
     # ------------------------------------------------------------ from routers

@@ -1,7 +1,9 @@
 """`make twin-check`: what the twin foretells of real engines, beside what they do.
 
 One prefill and one decode worker with SmolLM2 are calibrated; then prompts come in that were not
-calibrated on, at three levels of load. `--replay FILE` foretells again what a former run measured.
+calibrated on, at three levels of load by turns. Between any two such *segments* some other requests
+say how long steps take at the time: a shared machine is another from minute to minute. `--replay
+FILE` foretells again what a former run measured.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import json
 import random
 import sys
 import tempfile
-from dataclasses import asdict, fields, replace
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
@@ -46,19 +49,23 @@ LOADS: Final = (0.25, 0.5, 0.75)
 """Of the time that the prefill worker has, what prompts take."""
 TARGET: Final = 0.10
 SWEEP: Final = Sweep(
-    prompts=(32, 128, 256, 512, 1024, 1500), repeats=2, batches=(1, 2, 3, 4, 5, 6, 8),
+    prompts=(32, 128, 256, 512, 1024, 1500), repeats=3, batches=(1, 2, 3, 4, 5, 6, 8),
     contexts=(64, 700), contexts_sum=3000, outputs=16, handoffs=(128, 512, 1024),
 )  # fmt: skip
-"""A short one: there is one before and one after each level of load."""
+"""A short one: there is one before all segments and one after."""
 _QUANTILES: Final = (0.5, 0.9)
 _AT_ONCE: Final = (1, 3, 6)
 _SHORT: Final = 24
 _STEPS: Final = 60
 _PACES: Final = ("step_s", "pair_s", "stream_s", "context_token_s")
+_ROUNDS: Final = 4
+"""Each level comes once in each."""
 _SETTLED_AT: Final = 0.5
-_SETTLED_BY: Final = 30
-"""Requests of their own, at that load, by which what traffic adds is known."""
-_ROUNDS: Final = 16
+_SETTLED_BY: Final = 20
+"""Requests of their own, at that load, before and after each segment."""
+_NEAR: Final = 2
+"""So many before and as many after a segment are what is known of it: each is off by 2 % itself."""
+_TURNS: Final = 16
 """From fleet to foretold and back; the last two thirds find the noise by halves."""
 _LATENCY_MS: Final = 0.2
 _NOISE_MAX: Final = 0.4
@@ -87,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m deploy.local.twin_check")
     add = parser.add_argument
     add("--model", default="smollm2-135m")
-    add("--requests", type=int, default=60, help="at each level; default: %(default)s")
+    add("--requests", type=int, default=120, help="at each level; default: %(default)s")
     add(
         "--json",
         type=Path,
@@ -103,30 +110,38 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    """What it comes to: two fleets, and segments in order, each beside the load that it had; those
+    without are there to calibrate by.
+    """
     prepare(args.model)
     flags = ["--disaggregate", "always"]
     with LocalGroup(args.model, flags=FLAGS, router_flags=flags, progress=to_stderr) as group:
-        before, levels = await _calibrate(group, args.model, turn=0), []
-        for at, load in enumerate(LOADS):
+        played: list[dict[str, Any]] = []
+
+        async def play(load: float | None, requests: Sequence[Request]) -> None:
             await asyncio.sleep(REST_S)
-            requests = chats(plan_of(before), load, args.requests, seed=at)
-            to_stderr(f"load {load:.0%}: {len(requests)} requests in {requests[-1].at_s:.0f} s")
-            heard = await _play(group.url, args.model, requests, seed=9_000_000 + at)
-            after = await _calibrate(group, args.model, turn=at + 1)
-            levels.append(
-                {
-                    "load": load,
-                    "fleets": [before, after],
-                    "requests": [(r.at_s, r.input_tokens, r.output_tokens) for r in requests],
-                    "heard": [asdict(h) for h in heard],
-                }
-            )
-            before = after
-    return {"levels": levels}
+            to_stderr(f"{f'load {load:.0%}' if load else 'what traffic adds'}: "
+                      f"{len(requests)} requests in {requests[-1].at_s:.0f} s")  # fmt: skip
+            heard = await _play(group.url, args.model, requests, seed=1000 * len(played))
+            asked = [(r.at_s, r.input_tokens, r.output_tokens) for r in requests]
+            played.append({"load": load, "requests": asked, "heard": [asdict(h) for h in heard]})
+
+        fleets = [await _calibrate(group, args.model, turn=0)]
+        plan = plan_of(fleets[0])
+        for turn in range(_ROUNDS):
+            for at, load in enumerate(LOADS):
+                number = turn * len(LOADS) + at
+                await play(None, chats(plan, _SETTLED_AT, _SETTLED_BY, seed=1000 + number))
+                count = args.requests * (turn + 1) // _ROUNDS - args.requests * turn // _ROUNDS
+                if count:
+                    await play(load, chats(plan, load, count, seed=number))
+        await play(None, chats(plan, _SETTLED_AT, _SETTLED_BY, seed=2000))
+        fleets.append(await _calibrate(group, args.model, turn=1))
+    return {"fleets": fleets, "segments": played}
 
 
 async def _calibrate(group: LocalGroup, model: str, turn: int) -> str:
-    """The fleet as it is now: a shared machine is another from minute to minute."""
+    """The fleet, its workers idle but for what measures them."""
     channels, sweep = [w.channel for w in group.workers], replace(SWEEP, seed=turn)
     found = await asyncio.to_thread(measure, channels, sweep, to_stderr, one_host=True)
     _add_front(found, await _served(group.url, model, turn))
@@ -134,9 +149,7 @@ async def _calibrate(group: LocalGroup, model: str, turn: int) -> str:
     plan = plan_of(as_toml(found, _LATENCY_MS, front_ms=0.0))
     front_s = max(0.0, median(h.ttft_s for h in alone) - _lone_s(plan))
     to_stderr(f"the front takes {front_s * 1000:.1f} ms")
-    some = chats(plan, _SETTLED_AT, _SETTLED_BY, seed=100 + turn)
-    heard = await _play(group.url, model, some, seed=10_000 * turn + 900)
-    return settled(found, front_s * 1000, some, heard)
+    return as_toml(found, _LATENCY_MS, front_s * 1000)
 
 
 _LONE: Final = Request(0.0, 128, 4, own_blocks(0, 128))
@@ -186,47 +199,6 @@ def _add_front(found: Sequence[Calibrated], served: Sequence[tuple[int, float]])
     decode.settings["stream_s"] += a_stream_s
 
 
-def settled(
-    found: Sequence[Calibrated], front_ms: float, some: Sequence[Request], heard: list[Outcome]
-) -> str:
-    """The fleet, with what traffic adds to the steps of both, since router and clients are on the
-    same cores: a factor for each, by the mean time to a first token and the median gap; and the
-    noise of gaps, by their p90.
-    """
-    prefill = next(each for each in found if each.hello.role is Role.PREFILL)
-    decode = next(each for each in found if each.hello.role is not Role.PREFILL)
-    real_ttft_s = fmean(h.ttft_s for h in heard)
-    real_gaps_s = [g for h in heard for g in h.gaps_s]
-    real_gap_s, real_long_s = (quantile(real_gaps_s, q) for q in _QUANTILES)
-    factors, low, high = [1.0, 1.0], 0.0, _NOISE_MAX
-    for turn in range(_ROUNDS):
-        outcomes = foretold(plan_of(as_toml(found, _LATENCY_MS, front_ms)), some).outcomes
-        gaps = [gap * GAP_GRAIN_S for gap in outcomes.gaps.elements()]
-        said_ttft_s = fmean(outcomes.ttft_s(n) for n in range(len(some)))
-        said_gap_s, said_long_s = (quantile(gaps, q) for q in _QUANTILES)
-        off = real_ttft_s / said_ttft_s, real_gap_s / said_gap_s
-        for at, each in enumerate((prefill, decode)):
-            # By half: where prompts queue, a step that is longer by some is felt more than once.
-            _slow(each.settings, off[at] ** 0.5)
-            factors[at] *= off[at] ** 0.5
-        if turn >= _ROUNDS // 3:
-            noise = decode.settings["noise"]
-            enough = said_long_s / said_gap_s > real_long_s / real_gap_s
-            low, high = (low, noise) if enough else (noise, high)
-            decode.settings["noise"] = (low + high) / 2
-    to_stderr(
-        f"in traffic: steps take {factors[0]:.3f} and {factors[1]:.3f} times as long, "
-        f"noise {decode.settings['noise']:.1%}"
-    )
-    return as_toml(found, _LATENCY_MS, front_ms)
-
-
-def _slow(settings: dict[str, Any], factor: float) -> None:
-    settings.update({name: settings[name] * factor for name in _PACES})
-    settings["prefill_tokens_per_s"] /= factor
-    settings["batch_s"] = tuple(s * factor for s in settings["batch_s"])
-
-
 async def _alone(url: str, model: str, turn: int) -> list[Outcome]:
     heard = []
     for n in range(_ALONE + 1):
@@ -266,6 +238,55 @@ def chats(plan: FleetPlan, load: float, count: int, seed: int) -> list[Request]:
 # ---------------------------------------------------------------- foretold
 
 
+def settled(
+    plan: FleetPlan, some: Sequence[Request], heard: Sequence[Outcome]
+) -> tuple[float, float, float]:
+    """What traffic adds to the steps of both, since router and clients are on the same cores.
+
+    A factor for each, by the mean time to a first token and the median gap; and the noise of gaps,
+    by their p90. For `slowed`.
+    """
+    real_ttft_s = fmean(h.ttft_s for h in heard)
+    real_gaps_s = [g for h in heard for g in h.gaps_s]
+    real_gap_s, real_long_s = (quantile(real_gaps_s, q) for q in _QUANTILES)
+    prefill, decode = 1.0, 1.0
+    noise = next(w.settings.noise for w in plan.workers if w.role != Role.PREFILL)
+    low, high = 0.0, _NOISE_MAX
+    found = plan
+    for turn in range(_TURNS):
+        outcomes = foretold(found, some).outcomes
+        gaps = [gap * GAP_GRAIN_S for gap in outcomes.gaps.elements()]
+        said_gap_s, said_long_s = (quantile(gaps, q) for q in _QUANTILES)
+        # By half: where prompts queue, a step that is longer by some is felt more than once.
+        prefill *= (real_ttft_s / fmean(outcomes.ttft_s(n) for n in range(len(some)))) ** 0.5
+        decode *= (real_gap_s / said_gap_s) ** 0.5
+        if turn >= _TURNS // 3:
+            enough = said_long_s / said_gap_s > real_long_s / real_gap_s
+            low, high = (low, noise) if enough else (noise, high)
+            noise = (low + high) / 2
+        found = slowed(plan, prefill, decode, noise)
+    return prefill, decode, noise
+
+
+def slowed(plan: FleetPlan, prefill: float, decode: float, noise: float) -> FleetPlan:
+    """With steps that take so many times as long, and the decode worker's with that noise."""
+
+    def slow(s: SimSettings, factor: float) -> SimSettings:
+        return replace(
+            s,
+            **{name: getattr(s, name) * factor for name in _PACES},
+            prefill_tokens_per_s=s.prefill_tokens_per_s / factor,
+            batch_s=tuple(b * factor for b in s.batch_s),
+        )
+
+    workers = tuple(
+        replace(w, settings=slow(w.settings, prefill) if w.role == Role.PREFILL
+                else replace(slow(w.settings, decode), noise=noise))
+        for w in plan.workers
+    )  # fmt: skip
+    return replace(plan, workers=workers)
+
+
 def foretold(plan: FleetPlan, requests: Sequence[Request]) -> Twin:
     """The twin, after it has served these by the production router's own policy."""
     comparison = Comparison(Trace("twin-check", requests), plan, options=Options(alike_s=0.0))
@@ -297,29 +318,60 @@ def _between(before: FleetPlan, after: FleetPlan) -> FleetPlan:
     return replace(before, workers=workers, **both(before, after, ["latency_s", "front_s"]))
 
 
-def _table(measured: dict[str, Any], plan: FleetPlan | None) -> str:
+def _requests(segment: dict[str, Any]) -> list[Request]:
+    return [
+        Request(at_s, tokens, outputs, own_blocks(n, tokens))
+        for n, (at_s, tokens, outputs) in enumerate(segment["requests"])
+    ]
+
+
+@dataclass(slots=True)
+class _Level:
+    """Seconds, real and foretold, of all segments of one load."""
+
+    ttfts: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    gaps: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+
+    def add(self, heard: Sequence[Outcome], twin: Twin) -> None:
+        outcomes = twin.outcomes
+        self.ttfts[0].extend(h.ttft_s for h in heard)
+        self.ttfts[1].extend(outcomes.ttft_s(n) for n in range(len(outcomes)))
+        self.gaps[0].extend(g for h in heard for g in h.gaps_s)
+        self.gaps[1].extend(gap * GAP_GRAIN_S for gap in outcomes.gaps.elements())
+
+
+def _levels(measured: dict[str, Any], given: FleetPlan | None) -> dict[float, _Level]:
+    """Each segment by what traffic said before it and after, or by the `given` fleet."""
+    base = _between(*(plan_of(text) for text in measured["fleets"]))
+    known: list[tuple[float, float, float]] = []
+    segments: list[tuple[int, float, list[Request], list[Outcome]]] = []
+    for played in measured["segments"]:
+        requests, heard = _requests(played), [Outcome(**h) for h in played["heard"]]
+        if played["load"] is not None:
+            segments.append((len(known), played["load"], requests, heard))
+            continue
+        known.append(settled(base, requests, heard))
+        to_stderr("in traffic: steps take {:.3f} and {:.3f} times as long".format(*known[-1]))
+    levels: defaultdict[float, _Level] = defaultdict(_Level)
+    for before, load, requests, heard in segments:
+        near = known[max(0, before - _NEAR) : before + _NEAR]
+        plan = given or slowed(base, *(fmean(each) for each in zip(*near, strict=True)))
+        levels[load].add(heard, foretold(plan, requests))
+    return levels
+
+
+def _table(measured: dict[str, Any], given: FleetPlan | None) -> str:
     lines = ["| load | | real p50 | foretold | error | real p90 | foretold | error |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     worst = 0.0
-    for level in measured["levels"]:
-        requests = [
-            Request(at_s, tokens, outputs, own_blocks(n, tokens))
-            for n, (at_s, tokens, outputs) in enumerate(level["requests"])
-        ]
-        known = plan or _between(*(plan_of(text) for text in level["fleets"]))
-        outcomes = foretold(known, requests).outcomes
-        gaps = [gap * GAP_GRAIN_S for gap in outcomes.gaps.elements()]
-        for name, real, said in (
-            ("TTFT", [h["ttft_s"] for h in level["heard"]],
-             [outcomes.ttft_s(n) for n in range(len(outcomes))]),
-            ("ITL", [g for h in level["heard"] for g in h["gaps_s"]], gaps),
-        ):  # fmt: skip
+    for load, level in sorted(_levels(measured, given).items()):
+        for name, (real, said) in (("TTFT", level.ttfts), ("ITL", level.gaps)):
             cells = []
             for q in _QUANTILES:
                 a, b = quantile(real, q), quantile(said, q)
                 worst = max(worst, abs(b / a - 1))
                 cells += [f"{a * 1000:.1f} ms", f"{b * 1000:.1f} ms", f"{b / a - 1:+.1%}"]
-            lines.append(f"| {level['load']:.0%} | {name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {load:.0%} | {name} | " + " | ".join(cells) + " |")
     reached = "reached" if worst <= TARGET else "missed"
     lines += ["", f"worst error {worst:.1%}; the target of {TARGET:.0%} is {reached}"]
     return "\n".join(lines)

@@ -175,6 +175,8 @@ def _params(engines: set[str]) -> Callable[[int], bytes]:
 
 def as_toml(found: Sequence[Calibrated], latency_ms: float, front_ms: float) -> str:
     """For `tandem twin --fleet`. Of each worker one; `count` makes it more."""
+    # Who is not slowed may still slow another.
+    on_one_host = any(each.beside > 1 for each in found)
     lines = [f"latency_ms = {_number(latency_ms)}", f"front_ms = {_number(front_ms)}"]
     for each in found:
         lines += [
@@ -185,7 +187,7 @@ def as_toml(found: Sequence[Calibrated], latency_ms: float, front_ms: float) -> 
             "[[workers]]",
             f'role = "{each.hello.role}"',
             "count = 1",
-            *(['host = "one"', f"beside = {_number(each.beside)}"] if each.beside > 1 else []),
+            *(['host = "one"', f"beside = {_number(each.beside)}"] if on_one_host else []),
             "[workers.settings]",
             *(f"{name} = {_number(value)}" for name, value in each.settings.items()),
         ]

@@ -66,14 +66,24 @@ class Sweeper:
     # ------------------------------------------------------------ prompts
 
     def prompts(self, line: Line) -> tuple[Samples, int]:
-        """Each alone, from the asking to the answer; and the tokens that one step takes at most."""
+        """Each alone, from the asking to the answer; and the tokens that one step takes at most.
+
+        Raises `ProbeFailed`.
+        """
+        if not line.hello.step_tokens:
+            raise ProbeFailed(f"{line.hello.worker_id} does not tell how much a step computes")
         self._prompt_s(line, 32)  # The first of all connects, and compiles.
         took: list[tuple[int, int, float]] = []
         fitting = [tokens for tokens in self._sweep.prompts if self._fits(line, tokens)]
         for tokens, _ in product(fitting, range(self._sweep.repeats)):
             seconds = self._prompt_s(line, tokens)
             took.append((tokens, self._last_step(line).prefill_tokens, seconds))
-        chunk = chunk_of([(tokens, last) for tokens, last, _ in took], line.hello.max_model_len)
+        chunk = line.hello.step_tokens
+        if any((tokens - 1) % chunk + 1 != last for tokens, last, _ in took):
+            raise ProbeFailed(
+                f"{line.hello.worker_id} computes at most {chunk} tokens a step, and the steps of "
+                "long prompts do not add up to that: is it busy otherwise?"
+            )
         samples = Samples()
         for tokens, _, seconds in took:
             pairs = tokens * (tokens + 1) / 2
@@ -203,18 +213,3 @@ def _steps_of(batches: Sequence[tuple[float, Batch]], count: int, samples: Sampl
         steady = batch.load.steps == was.load.steps + 1
         if steady and step and step.decodes == count and not step.prefill_tokens:
             samples.add((1, 0, 0, count, step.context_tokens), at - before)
-
-
-def chunk_of(seen: list[tuple[int, int]], most: int) -> int:
-    """Most prompt tokens of a step, from prompts and what their last steps computed of them."""
-    longest = max((tokens for tokens, last in seen if tokens == last), default=0)
-    if all(tokens == last for tokens, last in seen):
-        return most
-    candidates = [
-        chunk
-        for chunk in range(max(1, longest), max(tokens for tokens, _ in seen))
-        if all((tokens - 1) % chunk + 1 == last for tokens, last in seen)
-    ]
-    if not candidates:
-        raise ProbeFailed("the steps of long prompts do not add up: is the worker busy otherwise?")
-    return candidates[-1]

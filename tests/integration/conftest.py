@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +14,7 @@ from tests.asking import ANSWER_S, LEASE_S, MODEL, READ_S, OneEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 FLAGS = ["--max-model-len", "2048", "--dtype", "float32", "--enforce-eager"]
 # Chunks smaller than the longer prompts, so that these are handed off in pieces; room for six long
@@ -40,10 +42,33 @@ def starting() -> Iterator[Aggregated]:
         yield running
 
 
+class Compiled:
+    """What vLLM's engines have compiled, in a folder that is empty at first: a new machine's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.when_ready: set[Path] = set()
+
+    def now(self) -> set[Path]:
+        return set(self.folder.rglob("*.so"))
+
+
 @pytest.fixture(scope="session")
-def group(starting: Aggregated) -> Iterator[LocalGroup]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """By `group`'s engines."""
+    return Compiled(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="session")
+def group(starting: Aggregated, compiled: Compiled) -> Iterator[LocalGroup]:
     """A router with one prefill and one decode worker, in float32."""
-    with LocalGroup(MODEL, flags=[*FLAGS, *OURS], router_flags=[*FRONT_FLAGS, *APART]) as running:
+    flags, router_flags = [*FLAGS, *OURS], [*FRONT_FLAGS, *APART]
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled.folder))
+            group = LocalGroup(MODEL, flags=flags, router_flags=router_flags)
+            running = stack.enter_context(group)
+        compiled.when_ready = compiled.now()
         yield running
 
 

@@ -21,8 +21,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deploy.local.group import LocalGroup
+    from tests.integration.conftest import Compiled
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
+
+
+def test_nothing_is_left_to_compile_when_a_worker_is_ready(
+    group: LocalGroup, compiled: Compiled
+) -> None:
+    """It takes some ten seconds, in which nobody's tokens come and leases end."""
+    for number, options in enumerate([{"logprobs": 2}, {"top_p": 0.5}, {"top_k": 5}, {"seed": 3}]):
+        for many in (1, 3):
+            body = {"temperature": 0.9, "n": many, "max_tokens": 4, **options}
+            salt = f"compiled-{number}-{many}"
+            answer = complete(group.url, prompt=[9, 8, 7], cache_salt=salt, **body)
+            assert answer.status_code == 200, answer.text
+    assert compiled.when_ready  # What is seen here is what they compile.
+    assert compiled.now() == compiled.when_ready
 
 
 def test_clients_that_leave_at_any_moment_leave_no_block_behind(group: LocalGroup) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from deploy.local.twin_check import chats, foretold, plan_of, settled
+from deploy.local.twin_check import chats, foretold, plan_of, settled, slowed
 from loadtests.replay import Outcome
 from router.twin.calibrate import Calibrated, as_toml
 from router.twin.fit import Fit
@@ -49,8 +49,17 @@ def test_what_traffic_adds_is_found_whatever_was_calibrated(
     outcomes = foretold(real, some).outcomes
     heard = [Outcome(ttft_s=outcomes.ttft_s(n)) for n in range(len(some))]
     heard[0].gaps_s = [gap * GAP_GRAIN_S for gap in outcomes.gaps.elements()]
-    found = plan_of(settled(engines(1.0, 1.0, 0.01), FRONT_MS, some, heard))
+    calibrated = plan_of(as_toml(engines(1.0, 1.0, 0.01), 0.2, FRONT_MS))
+    factors = settled(calibrated, some, heard)
+    assert factors[:2] == pytest.approx((prefill, decode), rel=0.02)
+    found = slowed(calibrated, *factors)
     for known, real_worker in zip(found.workers, real.workers, strict=True):
         assert known.settings.step_s == pytest.approx(real_worker.settings.step_s, rel=0.02)
     decoding = next(w.settings for w in found.workers if w.role == Role.DECODE)
     assert decoding.noise == pytest.approx(noise, abs=0.03)
+
+
+def test_who_is_not_slowed_may_still_slow_another() -> None:
+    prefill, decode = engines(1.0, 1.0, 0.0)
+    plan = plan_of(as_toml([replace(prefill, beside=1.0), decode], 0.2, FRONT_MS))
+    assert [(w.host, w.beside) for w in plan.workers] == [("one", 1.0), ("one", 1.2)]

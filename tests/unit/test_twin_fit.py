@@ -1,4 +1,4 @@
-"""Rates from samples, and the chunk from prompts."""
+"""Rates from samples."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from router.twin.batches import fit_batches, of_batch
 from router.twin.fit import fit, seconds_of
-from router.twin.probe import ProbeFailed
-from router.twin.sweeps import Samples, chunk_of
+from router.twin.sweeps import Samples
 
 if TYPE_CHECKING:
     from router.twin.sweeps import Row
@@ -99,15 +98,3 @@ def test_without_sequences_that_generate_nothing_is_besides() -> None:
 def test_of_nothing_nothing_is_fitted() -> None:
     with pytest.raises(ValueError, match="nothing to fit"):
         fit([], [])
-
-
-@pytest.mark.parametrize("chunk", [256, 1000, 2048, 4096])
-def test_the_chunk_is_found_from_what_last_steps_computed(chunk: int) -> None:
-    lengths = (16, 128, 512, 1024, 1536, 2048, 3000)
-    seen = [(n, (n - 1) % chunk + 1) for n in lengths]
-    assert chunk_of(seen, 8192) == (8192 if chunk > 3000 else chunk)
-
-
-def test_steps_that_do_not_add_up_are_said_so() -> None:
-    with pytest.raises(ProbeFailed, match="add up"):
-        chunk_of([(100, 100), (200, 150), (300, 7)], 8192)

@@ -27,6 +27,7 @@ class EngineFacts:
     max_model_len: int
     handoff_endpoint: str = ""
     tells_cache: bool = True
+    step_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

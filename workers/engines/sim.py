@@ -46,6 +46,7 @@ class SimEngine:
             blocks_total=s.blocks_total,
             max_model_len=s.max_model_len,
             handoff_endpoint="sim" if self._streams else "",
+            step_tokens=s.chunk_tokens,
         )
 
     async def run(self, on_step: OnStep) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WARM_UP = "tandem-warm-up"
+WARM_UP_TOGETHER = 3
 ABORTED_MAX = 4096
 
 
@@ -70,12 +71,9 @@ class VllmEngine:
             )
         except (RuntimeError, ValueError) as error:
             raise EngineDead(f"vLLM's engine did not start: {error}") from error
-        await self._core.add_request_async(warm_up_request(_WARM_UP))
-        done = False
-        while not done:
-            outputs = await self._core.get_output_async()
-            self._count(outputs)
-            done = any(o.finished for o in outputs.outputs)
+        # vLLM compiles for a batch of one, and once more for all larger ones.
+        await self._warm_up(1)
+        await self._warm_up(WARM_UP_TOGETHER)
         self._step = None  # What it took was the start.
         cache = self._config.cache_config
         transfer = self._config.kv_transfer_config
@@ -92,7 +90,20 @@ class VllmEngine:
             max_model_len=self._config.model_config.max_model_len,
             handoff_endpoint=connector.get("endpoint", ""),
             tells_cache="cache" in connector,
+            step_tokens=self._config.scheduler_config.max_num_batched_tokens,
         )
+
+    async def _warm_up(self, together: int) -> None:
+        began = time.perf_counter()
+        for number in range(together):
+            await self._core.add_request_async(warm_up_request(f"{_WARM_UP}-{together}-{number}"))
+        left = together
+        while left:
+            outputs = await self._core.get_output_async()
+            self._count(outputs)
+            left -= sum(o.finished for o in outputs.outputs)
+        took_s = time.perf_counter() - began
+        log.info("warmed up", extra={"requests": together, "seconds": round(took_s, 1)})
 
     async def run(self, on_step: OnStep) -> None:
         try:

@@ -23,6 +23,7 @@ _FINISH = {
     FinishReason.ERROR: Finish.ERROR,
     FinishReason.REPETITION: Finish.REPETITION,
 }
+WARM_UP_TOKENS = 4
 
 
 class BadRequest(Exception):
@@ -56,12 +57,18 @@ def core_request(generate: Generate, config: VllmConfig) -> EngineCoreRequest:
 
 
 def warm_up_request(request_id: str) -> EngineCoreRequest:
-    """One token, to see the engine step."""
+    """A few sampled tokens with logprobs, so that what vLLM compiles on first use is compiled.
+
+    With an empty cache of `torch.compile`'s that takes some ten seconds, in which nobody else's
+    tokens come either.
+    """
     return EngineCoreRequest(
         request_id=request_id,
         prompt_token_ids=[1, 2, 3],
         mm_features=None,
-        sampling_params=SamplingParams(max_tokens=1, temperature=0.0),
+        sampling_params=SamplingParams(
+            max_tokens=WARM_UP_TOKENS, ignore_eos=True, temperature=1.0, logprobs=1
+        ),
         pooling_params=None,
         arrival_time=time.time(),
         lora_request=None,
