@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tandem calibrate",
         description="Measure idle workers over the token channel, and write a fleet for `tandem "
-        "twin --fleet FILE`. Takes a small CPU engine three minutes.",
+        "twin --fleet FILE`. Takes a small CPU engine some minutes.",
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -24,7 +24,7 @@ generate, tokens before those."""
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """How much is measured; the defaults take a small CPU engine about three minutes."""
+    """How much is measured; the defaults take a small CPU engine some minutes."""
 
     prompts: tuple[int, ...] = (16, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3000)
     repeats: int = 3
