@@ -87,8 +87,8 @@ twin-scaling: setup  ## ways to size the group over days in the twin, beside an 
 	@$(BIN)/python -m router.twin.scaling --plot reports/twin-scaling.svg $(FLAGS)
 
 .PHONY: twin-check
-twin-check: model  ## what the twin foretells of real engines, beside what they do: errors (sixteen minutes)
-	@$(BIN)/python -m deploy.local.twin_check --model $(MODEL)
+twin-check: model  ## what the twin foretells of real engines, beside what they do: errors (seventeen minutes)
+	@$(BIN)/python -m deploy.local.twin_check --model $(MODEL) $(FLAGS)
 
 .PHONY: bench
 bench: model  ## the router beside vLLM's bare front, disaggregated beside aggregated: tables

@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="smollm2-135m")
     add("--requests", type=int, default=120, help="at each level; default: %(default)s")
+    add("--seed", type=int, default=0, help="of lengths and arrivals; default: %(default)s")
     add(
         "--json",
         type=Path,
@@ -122,20 +123,21 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
             await asyncio.sleep(REST_S)
             to_stderr(f"{f'load {load:.0%}' if load else 'what traffic adds'}: "
                       f"{len(requests)} requests in {requests[-1].at_s:.0f} s")  # fmt: skip
-            heard = await _play(group.url, args.model, requests, seed=1000 * len(played))
+            text_seed = 1_000_000 * (args.seed + 1) + len(played)
+            heard = await _play(group.url, args.model, requests, text_seed)
             asked = [(r.at_s, r.input_tokens, r.output_tokens) for r in requests]
             played.append({"load": load, "requests": asked, "heard": [asdict(h) for h in heard]})
 
         fleets = [await _calibrate(group, args.model, turn=0)]
-        plan = plan_of(fleets[0])
+        plan, first = plan_of(fleets[0]), 10_000 * args.seed
         for turn in range(_ROUNDS):
             for at, load in enumerate(LOADS):
-                number = turn * len(LOADS) + at
+                number = first + turn * len(LOADS) + at
                 await play(None, chats(plan, _SETTLED_AT, _SETTLED_BY, seed=1000 + number))
                 count = args.requests * (turn + 1) // _ROUNDS - args.requests * turn // _ROUNDS
                 if count:
                     await play(load, chats(plan, load, count, seed=number))
-        await play(None, chats(plan, _SETTLED_AT, _SETTLED_BY, seed=2000))
+        await play(None, chats(plan, _SETTLED_AT, _SETTLED_BY, seed=first + 2000))
         fleets.append(await _calibrate(group, args.model, turn=1))
     return {"fleets": fleets, "segments": played}
 
@@ -312,7 +314,7 @@ def _between(before: FleetPlan, after: FleetPlan) -> FleetPlan:
     names = [f.name for f in fields(SimSettings)]
     workers = tuple(
         replace(a, settings=replace(a.settings, **both(a.settings, b.settings, names)),
-                beside=(a.beside + b.beside) / 2)
+                beside=(a.beside + b.beside) / 2, host=a.host or b.host)
         for a, b in zip(before.workers, after.workers, strict=True)
     )  # fmt: skip
     return replace(before, workers=workers, **both(before, after, ["latency_s", "front_s"]))
