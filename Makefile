@@ -87,7 +87,7 @@ twin-scaling: setup  ## ways to size the group over days in the twin, beside an 
 	@$(BIN)/python -m router.twin.scaling --plot reports/twin-scaling.svg $(FLAGS)
 
 .PHONY: twin-check
-twin-check: model  ## what the twin foretells of real engines, beside what they do: errors (seventeen minutes)
+twin-check: model  ## what the twin foretells of real engines, beside what they do: errors (seventeen minutes; FLAGS="--seed 7")
 	@$(BIN)/python -m deploy.local.twin_check --model $(MODEL) $(FLAGS)
 
 .PHONY: bench

@@ -79,7 +79,10 @@ class Unanswered(Exception):
 
 def main() -> int:
     """0 when it was measured; a missed target is printed and is no failure."""
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if args.requests < _ROUNDS:
+        parser.error(f"--requests: want {_ROUNDS} or more, one for each round")
     if args.replay is not None:
         measured = json.loads(args.replay.read_text(encoding="utf-8"))
     else:
@@ -95,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="smollm2-135m")
     add("--requests", type=int, default=120, help="at each level; default: %(default)s")
-    add("--seed", type=int, default=0, help="of lengths and arrivals; default: %(default)s")
+    add("--seed", type=int, default=0, help="of arrivals and prompts; default: %(default)s")
     add(
         "--json",
         type=Path,
@@ -135,8 +138,7 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
                 number = first + turn * len(LOADS) + at
                 await play(None, chats(plan, _SETTLED_AT, _SETTLED_BY, seed=1000 + number))
                 count = args.requests * (turn + 1) // _ROUNDS - args.requests * turn // _ROUNDS
-                if count:
-                    await play(load, chats(plan, load, count, seed=number))
+                await play(load, chats(plan, load, count, seed=number))
         await play(None, chats(plan, _SETTLED_AT, _SETTLED_BY, seed=first + 2000))
         fleets.append(await _calibrate(group, args.model, turn=1))
     return {"fleets": fleets, "segments": played}

@@ -1,17 +1,22 @@
-"""Rates from samples."""
+"""Rates from samples, and what a sweep refuses to take for one."""
 
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from router.twin.batches import fit_batches, of_batch
 from router.twin.fit import fit, seconds_of
-from router.twin.sweeps import Samples
+from router.twin.probe import ProbeFailed
+from router.twin.sweeps import Samples, Sweep, Sweeper
+from tests.unit.test_dispatch import hello
+from workers.api import Role, Step
 
 if TYPE_CHECKING:
     from router.twin.sweeps import Row
@@ -98,3 +103,34 @@ def test_without_sequences_that_generate_nothing_is_besides() -> None:
 def test_of_nothing_nothing_is_fitted() -> None:
     with pytest.raises(ValueError, match="nothing to fit"):
         fit([], [])
+
+
+def sweep_over(monkeypatch: pytest.MonkeyPatch, told: int, real: int) -> tuple[Samples, int]:
+    """Prompts' samples, of a worker that tells `told` tokens a step and computes `real`."""
+    worker = structs.replace(hello("w", Role.PREFILL), step_tokens=told, max_model_len=4096)
+    asked = [0]
+
+    def ask(_: Sweeper, __: Any, tokens: int) -> float:
+        asked.append(tokens)
+        return 1.0
+
+    monkeypatch.setattr(Sweeper, "_prompt_s", ask)
+    last = lambda *_: Step(1.0, prefill_tokens=(asked[-1] - 1) % real + 1)  # noqa: E731
+    monkeypatch.setattr(Sweeper, "_last_step", last)
+    line: Any = SimpleNamespace(hello=worker)
+    sweep = Sweep(prompts=(100, 200, 900), repeats=1)
+    return Sweeper(cast("Any", None), sweep, lambda _: b"").prompts(line)
+
+
+def test_a_prompt_takes_as_many_steps_as_the_worker_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, chunk = sweep_over(monkeypatch, told=256, real=256)
+    assert chunk == 256
+    assert [(row[0], row[1]) for row in samples.rows] == [(1, 100), (1, 200), (4, 900)]
+
+
+@pytest.mark.parametrize(("told", "real", "why"), [(0, 256, "tell"), (512, 256, "add up")])
+def test_a_worker_that_does_otherwise_than_it_tells_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, told: int, real: int, why: str
+) -> None:
+    with pytest.raises(ProbeFailed, match=why):
+        sweep_over(monkeypatch, told, real)
