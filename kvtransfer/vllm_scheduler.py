@@ -6,19 +6,17 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
-from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.request import RequestStatus
 
 from kvtransfer.core.manifest import chain
 from kvtransfer.orders import Order, Pulled
 from kvtransfer.protocol import LINK_BYTES, Manifest
 from kvtransfer.sender import Offered, Sender
+from kvtransfer.vllm_cache_events import told
 from kvtransfer.vllm_records import Computed, HandoffStats, StepPlan, StepReport, account
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.core.block_pool import BlockHashToBlockMap
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -273,7 +271,8 @@ class SchedulerHalf:
             return []
         events, pool = self._blocks.take_events() or (), self._blocks.block_pool
         held, size = pool.cached_block_hash_to_block, self._block_tokens
-        return [told for event in events if (told := _told(event, size, held)) is not None]
+        found = (told(event, size, held) for event in events)
+        return [change for change in found if change is not None]
 
     def _in_last_step(self, produced: _Produced) -> bool:
         """News: the present step, or the next, completes this prompt."""
@@ -319,40 +318,6 @@ def _tally(scheduled: SchedulerOutput) -> list[int]:
             prefill_tokens += tokens
             prefill_pairs += tokens * context + tokens * (tokens + 1) // 2
     return [prefill_tokens, prefill_pairs, decodes, context_tokens]
-
-
-def _told(event: Any, block_tokens: int, held: BlockHashToBlockMap) -> list[Any] | None:
-    """A change of the prefix cache as the worker's process reads it; None for what none can hit.
-
-    Keys, first parent, tokens, salt and adapter of what is stored; keys of what is removed; `[]`
-    when all is gone. Blocks with an image or an embedding in them are left out, and so what follows
-    them: their tokens do not say which.
-
-    vLLM may have one block several times (it computes a prompt's last one again though it is there)
-    and tells of the end of each. What is still `held` after the step is not removed.
-    """
-    match event:
-        case AllBlocksCleared():
-            return []
-        case _ if event.group_idx not in (None, 0):
-            return None
-        case BlockRemoved():
-            keys = event.block_hashes
-            gone = [k for k in keys if not held.get_one_block(make_block_hash_with_group_id(k, 0))]
-            return [gone] if gone else None
-        # Where blocks are skipped (sliding windows), tokens and hashes do not go together.
-        case BlockStored() if len(event.token_ids) == len(event.block_hashes) * block_tokens:
-            extras = event.extra_keys or [None] * len(event.block_hashes)
-            plain = [all(isinstance(e, str) for e in extra or ()) for extra in extras]
-            count = plain.index(False) if False in plain else len(plain)
-            names = [e for e in extras[0] or () if isinstance(e, str)]
-            salts = names[1:] if event.lora_name else names
-            return [
-                event.block_hashes[:count], event.parent_block_hash,
-                event.token_ids[: count * block_tokens], salts[0] if salts else None,
-                event.lora_name,
-            ] if count else None  # fmt: skip
-    return None
 
 
 def _family(facts: WorkerFacts) -> str:
