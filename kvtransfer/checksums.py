@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from xxhash import xxh3_64_intdigest
 
 from kvtransfer import views
+from kvtransfer.protocol import NULL_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -38,47 +39,54 @@ class Mode(Enum):
 
 
 def sums(
-    memory: Memory, blocks: Sequence[int], mode: Mode, seed: bytes, *, first: int = 0
+    memory: Memory,
+    slots: Sequence[Sequence[int]],
+    columns: Sequence[Sequence[int]],
+    mode: Mode,
+    seed: bytes,
+    *,
+    first: int = 0,
 ) -> list[int]:
-    """One number a block, `blocks` in prompt order from its block `first`; none at all when OFF.
+    """One number a column, `columns` in prompt order from its column `first`; none when OFF.
 
-    `seed` and a block's position in the prompt decide which layers are sampled, so both sides must
-    pass the same ones. Blocks must exist.
+    `slots`: the segments that each block of a column is in (`Layout.slots`). Null blocks are left
+    out. `seed` and a block's place in the prompt decide which layers are sampled, so both sides
+    must pass the same ones. Blocks must exist.
     """
-    layers = len(memory.segments)
-    if mode is Mode.OFF or not layers:
+    if mode is Mode.OFF:
         return []
-    found = [0] * len(blocks)
-    for layer, positions in enumerate(
-        _positions(range(first, first + len(blocks)), layers, mode, seed)
-    ):
-        segment = memory.segments[layer]
-        starts = [segment.base + blocks[p - first] * segment.stride for p in positions]
-        for position, piece in zip(
-            positions, _pieces(memory.device, starts, segment.block_bytes), strict=True
-        ):
-            found[position - first] = xxh3_64_intdigest(piece, found[position - first])
+    found = [0] * len(columns)
+    for slot, segments in enumerate(slots):
+        held = [c for c, column in enumerate(columns) if column[slot] != NULL_BLOCK]
+        places = [(first + c) * len(slots) + slot for c in held]
+        for number, at in zip(segments, _sampled(places, len(segments), mode, seed), strict=True):
+            segment = memory.segments[number]
+            here = [held[i] for i in at]
+            starts = [segment.base + columns[c][slot] * segment.stride for c in here]
+            pieces = _pieces(memory.device, starts, segment.block_bytes)
+            for c, piece in zip(here, pieces, strict=True):
+                found[c] = xxh3_64_intdigest(piece, found[c])
     return found
 
 
-def sampled_layers(position: int, layers: int, seed: bytes) -> list[int]:
-    """Which layers of the block at this position SAMPLED looks at, ascending."""
+def sampled_layers(place: int, layers: int, seed: bytes) -> list[int]:
+    """Which layers of the block at this place SAMPLED looks at, ascending."""
     if layers <= LAYERS_SAMPLED:
         return list(range(layers))
-    drawn = xxh3_64_intdigest(seed, position)
+    drawn = xxh3_64_intdigest(seed, place)
     first = drawn % layers
     second = (first + 1 + (drawn >> 32) % (layers - 1)) % layers
     return [first, second] if first < second else [second, first]
 
 
-def _positions(at: range, layers: int, mode: Mode, seed: bytes) -> list[Sequence[int]]:
-    """For each layer, the positions of the blocks to hash there."""
+def _sampled(places: list[int], layers: int, mode: Mode, seed: bytes) -> list[Sequence[int]]:
+    """For each layer, the indexes into `places` of the blocks to hash there."""
     if mode is Mode.FULL:
-        return [at] * layers
+        return [range(len(places))] * layers
     found: list[list[int]] = [[] for _ in range(layers)]
-    for position in at:
-        for layer in sampled_layers(position, layers, seed):
-            found[layer].append(position)
+    for index, place in enumerate(places):
+        for layer in sampled_layers(place, layers, seed):
+            found[layer].append(index)
     return list(found)
 
 

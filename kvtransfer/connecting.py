@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kvtransfer.core.geometry import Unlike, routes
 from kvtransfer.core.manifest import Expectation, chain
 from kvtransfer.core.pulling import Wanted
+from kvtransfer.protocol import NULL_BLOCK
 from kvtransfer.transports.api import TransferError
 from kvtransfer.transports.choose import choose
 
@@ -33,18 +34,33 @@ class Reach:
     stride_tokens: int = 1
     alike: int | None = None
     """The sender's rank whose blocks are cut as ours are; else checksums can't be compared."""
+    same_columns: bool = False
+    """Both sides' columns have the same tokens and groups."""
 
     def wanted(self, order: Order) -> Wanted:
-        block_tokens, tokens = self.opened.layout.block_tokens, len(order.token_ids)
-        links = chain(order.token_ids, block_tokens, salt=order.salt, lora=order.lora)
+        column_tokens, tokens = self.opened.layout.column_tokens, len(order.token_ids)
+        links = chain(order.token_ids, column_tokens, salt=order.salt, lora=order.lora)
         return Wanted(
             Expectation(tokens, links, order.model_digest, order.tokenizer_digest),
-            per_block=block_tokens // self.stride_tokens,
-            begin=order.cached_tokens // self.stride_tokens,
+            per_column=column_tokens // self.stride_tokens,
+            begin=self._first_needed(order),
             end=-(-tokens // self.stride_tokens),
             lease_s=self.opened.lease_s,
             sender_rank=self.alike,
+            local=order.local_blocks if self.same_columns else None,
         )
+
+    def _first_needed(self, order: Order) -> int:
+        """The first stride that is not cached, nor before every group's window."""
+        begin = order.cached_tokens // self.stride_tokens
+        if not self.same_columns:
+            return begin
+        needed = (
+            number
+            for number, column in enumerate(order.local_blocks[begin:], begin)
+            if any(block != NULL_BLOCK for block in column)
+        )
+        return next(needed, begin)
 
     def descriptors(self) -> list[int] | None:
         """What wakes a reader while reads are in flight; None when only the clock does."""
@@ -118,6 +134,7 @@ def _connect(reach: Reach, mine: Mine) -> None:
         reach.transport = transport.name
         reach.stride_tokens = route.stride_tokens
         theirs, ours = opened.layout, mine.layout
-        if (theirs.ranks, theirs.block_tokens) == (ours.ranks, ours.block_tokens):
+        reach.same_columns = theirs.groups == ours.groups
+        if reach.same_columns and theirs.ranks == ours.ranks:
             reach.alike = route.sender_rank
-        reach.stride_bytes += route.unit_bytes * len(route.local.heads) * route.local.layers
+        reach.stride_bytes += route.stride_bytes

@@ -261,17 +261,18 @@ class Connection:
         parts: list[tuple[Peer, Any]] = []
         if not running.flights:
             running.busy_since = now
-        flight = _Flight(number, strides, len(strides) * reach.stride_bytes, parts)
+        flight = _Flight(number, strides, 0, parts)
         running.flights.append(flight)
         try:
             for route, peer in reach.peers:
                 local, remote = route.units(
                     strides, running.order.local_blocks, running.pull.remote
                 )
+                flight.size += len(local) * route.unit_bytes
                 parts.append((peer, peer.read(local, remote)))
         except (TransferError, IndexError) as error:
             raise Broken(f"can't read: {error}") from error
-        return flight.size
+        return max(1, flight.size)
 
     def _land(self, running: _Running) -> None:
         for flight in list(running.flights):
@@ -299,9 +300,10 @@ class Connection:
         if self._reach.alike is None or not running.pull.sums:
             return []
         at = flight.strides
-        blocks = running.order.local_blocks[at.start : at.stop]
+        columns = running.order.local_blocks[at.start : at.stop]
         mode, seed = checksums.Mode(self._reach.opened.checksums), running.order.handle.encode()
-        return checksums.sums(self._mine.memory, blocks, mode, seed, first=at.start)
+        slots = self._mine.layout.slots
+        return checksums.sums(self._mine.memory, slots, columns, mode, seed, first=at.start)
 
     def _count(self, running: _Running, now: float) -> None:
         began = running.busy_since

@@ -31,14 +31,15 @@ class Order:
     epoch: str
     endpoint: str
     token_ids: list[int]
+    """Those whose KV is handed over, from the prompt's first."""
     salt: str | None
     lora: str | None
     model_digest: str
     tokenizer_digest: str
     cached_tokens: int
-    """Whole blocks of ours that hold the prompt's beginning already."""
-    local_blocks: list[int]
-    """Ours, from the prompt's first; those that are cached are not looked at."""
+    """Whole columns of ours that hold the prompt's beginning already."""
+    local_blocks: list[list[int]]
+    """Ours, by column from the prompt's first; those that are cached are not looked at."""
 
 
 @dataclass(frozen=True, slots=True)

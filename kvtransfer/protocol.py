@@ -6,41 +6,83 @@ blocks as they are computed, and seals the handle with a `Manifest` when the pro
 a *lease* keeps the blocks. The receiver reads them one-sidedly into blocks of its own, and uses
 them only if the manifest matches its own request and the lease outlived the reads.
 
+An engine keeps a prompt's KV in *groups* of layers that share block ids: full attention, sliding
+window, chunked attention, state. A prompt is counted in *columns*: the tokens that a whole number
+of blocks of every group covers. A column's block ids are listed group after group. Block 0 is the
+engines' null block: where it stands, nothing is kept (the tokens have left the group's window), so
+nothing is sent, read or checked of it.
+
 Frames are msgpack, one a message, over a ZeroMQ DEALER (receiver) to ROUTER (sender) pair. A frame
 that answers has the question's `seq`; `Blocks`, `Sealed` and `Gone` also come unasked. Late,
 repeated and reordered frames are harmless: `seq`, `generation` and `first` tell them apart.
-Version 2.
+Version 3.
 """
 
 from __future__ import annotations
 
+from math import lcm
+
 import msgspec
 
-VERSION = 2
+VERSION = 3
 LINK_BYTES = 16
+NULL_BLOCK = 0
+"""vLLM's: no tokens of a prompt are in it."""
+STATE = "mamba"
+"""The kind of a group whose one block is the state after the last token, not tokens."""
 
 MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError)
 """What decoding a peer's bytes may raise: msgspec lets bad UTF-8 through as Python's own error."""
+
+
+class Group(msgspec.Struct, frozen=True, array_like=True):
+    """Layers that share block ids."""
+
+    kind: str
+    """The engine's word for how blocks are kept: `full_attention`, `sliding_window`, …"""
+    window: int
+    """Tokens that the next one attends to; 0 for all."""
+    block_tokens: int
+    segments: list[int]
+    """Numbers of the memory's segments, one a layer. Groups may share segments, never blocks."""
 
 
 class Layout(msgspec.Struct, frozen=True, array_like=True):
     """How one side's KV memory is cut: what must fit for a block's bytes to mean the same."""
 
     content: str
-    """Digest of everything that must simply be equal: model, layer names, attention backend."""
+    """Digest of everything that must simply be equal: layer names, attention backends, kernel
+    blocks."""
     dtype: str
-    layers: int
     kv_heads: int
     """Of the whole model, over all ranks."""
     head_token_bytes: int
-    """One head's K and V of one token."""
-    block_tokens: int
+    """One head's K and V of one token in one layer; 0 where layers are unlike."""
     ranks: int
     """Tensor-parallel size."""
     by_head: bool
     """A block is its heads one after the other, so that ranks may be split otherwise."""
     by_token: bool
     """A head's part of a block is its tokens one after the other, so that blocks may be too."""
+    groups: list[Group]
+    segments: list[int]
+    """Bytes of one block in each segment of one rank's memory."""
+
+    @property
+    def column_tokens(self) -> int:
+        """Tokens of one column: whole blocks of every group that is counted in tokens."""
+        counted = [g.block_tokens for g in self.groups if g.kind != STATE]
+        return lcm(*(counted or [g.block_tokens for g in self.groups]))
+
+    @property
+    def slots(self) -> list[list[int]]:
+        """The segments that each block id of a column is in."""
+        column = self.column_tokens
+        return [
+            group.segments
+            for group in self.groups
+            for _ in range(1 if group.kind == STATE else column // group.block_tokens)
+        ]
 
 
 class Manifest(msgspec.Struct, frozen=True, array_like=True):
@@ -48,8 +90,8 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
 
     num_tokens: int
     """Prompt tokens covered."""
-    blocks: int
-    """Blocks they fill, the sender's."""
+    columns: int
+    """Columns they fill, the sender's."""
     chain: bytes
     """Last link of the prompt's chain (`kvtransfer.core.manifest`): tokens, salt, adapter."""
     model_digest: str
@@ -127,18 +169,18 @@ class Held(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Blocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Blocks `first`, `first + 1`, … of the prompt are computed and may be read."""
+    """Columns `first`, `first + 1`, … of the prompt are computed and may be read."""
 
     handle: str
     generation: int
     """Rises when the sender begins again (a preemption); what was read before is worthless."""
     first: int
-    block_ids: list[int]
-    """The sender's."""
+    block_ids: list[list[int]]
+    """The sender's, by column; `NULL_BLOCK` for what the prompt's next token does not attend to."""
     links: bytes
-    """Of the chain, `LINK_BYTES` a block."""
+    """Of the chain, `LINK_BYTES` a column."""
     sums: list[list[int]]
-    """Of each block, a checksum of each rank's part (`kvtransfer.checksums`); empty when off."""
+    """By column, a checksum of each rank's part (`kvtransfer.checksums`); empty when off."""
 
 
 class Sealed(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -26,9 +26,13 @@ class ReleaseClient:
             read = decode_ticket(ticket)
         except TicketUnreadable:
             return False
-        with contextlib.suppress(zmq.ZMQError):
-            self._to(read.endpoint).send(release_frame(read.epoch, read.handle), zmq.NOBLOCK)
+        self.release_handle(read.endpoint, read.epoch, read.handle)
         return True
+
+    def release_handle(self, endpoint: str, epoch: str, handle: str) -> None:
+        """The same, of a ticket that was read already."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._to(endpoint).send(release_frame(epoch, handle), zmq.NOBLOCK)
 
     def close(self) -> None:
         for socket in self._sockets.values():

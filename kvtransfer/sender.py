@@ -102,9 +102,9 @@ class Sender:
             return self._book.expect(handle, links)
 
     def computed(
-        self, handle: str, generation: int, ids: Sequence[int], sums: Sequence[list[int]]
+        self, handle: str, generation: int, ids: Sequence[list[int]], sums: Sequence[list[int]]
     ) -> int:
-        """More blocks; how many of this generation are announced now."""
+        """More columns; how many of this generation are announced now."""
         with self._lock:
             messages = self._book.computed(handle, generation, ids, sums)
             announced = self._book.announced(handle)

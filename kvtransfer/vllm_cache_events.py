@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockHashToBlockMap
 
 
-def told(event: Any, block_tokens: int, held: BlockHashToBlockMap) -> list[Any] | None:
-    """One change; None for blocks that no later prompt can hit.
+def told(event: Any, block_tokens: int, held: BlockHashToBlockMap, group: int) -> list[Any] | None:
+    """One change of a group's blocks; None for blocks that no later prompt can hit.
 
     Keys, first parent, tokens, salt and adapter of what is stored; keys of what is removed; `[]`
     when all is gone. Blocks with an image or an embedding in them are left out, and so what follows
@@ -24,11 +24,15 @@ def told(event: Any, block_tokens: int, held: BlockHashToBlockMap) -> list[Any] 
     match event:
         case AllBlocksCleared():
             return []
-        case _ if event.group_idx not in (None, 0):
+        case _ if event.group_idx not in (None, group):
             return None
         case BlockRemoved():
             keys = event.block_hashes
-            gone = [k for k in keys if not held.get_one_block(make_block_hash_with_group_id(k, 0))]
+            gone = [
+                key
+                for key in keys
+                if not held.get_one_block(make_block_hash_with_group_id(key, group))
+            ]
             return [gone] if gone else None
         # Where blocks are skipped (sliding windows), tokens and hashes do not go together.
         case BlockStored() if len(event.token_ids) == len(event.block_hashes) * block_tokens:

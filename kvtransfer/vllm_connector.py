@@ -19,6 +19,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvtransfer.refusal import carried
+from kvtransfer.vllm_groups import refuse_unserved
 from kvtransfer.vllm_records import HandoffStats, StepPlan, StepReport, WorkerFacts
 from kvtransfer.vllm_scheduler import SchedulerHalf
 from kvtransfer.vllm_worker import WorkerHalf
@@ -41,17 +43,14 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        parallel = vllm_config.parallel_config
-        if parallel.pipeline_parallel_size > 1:
-            raise ValueError("TandemConnector does not serve pipeline-parallel engines, so far")
-        if len(kv_cache_config.kv_cache_groups) != 1:
-            raise ValueError("TandemConnector moves one KV cache group only, so far")
         self._scheduler_half: SchedulerHalf | None = None
         self._worker_half: WorkerHalf | None = None
-        if role == KVConnectorRole.SCHEDULER:
-            self._scheduler_half = SchedulerHalf(vllm_config)
-        else:
-            self._worker_half = WorkerHalf(vllm_config)
+        with carried():
+            refuse_unserved(vllm_config, kv_cache_config)
+            if role == KVConnectorRole.SCHEDULER:
+                self._scheduler_half = SchedulerHalf(vllm_config, kv_cache_config)
+            else:
+                self._worker_half = WorkerHalf(vllm_config, kv_cache_config)
 
     @property
     def _scheduler(self) -> SchedulerHalf:
@@ -95,20 +94,26 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self._scheduler.finished(request, block_ids)
+        return self._scheduler.finished(request, (block_ids,))
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self._scheduler.finished(request, block_ids[0])
+        return self._scheduler.finished(request, block_ids)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self._scheduler.reported(connector_output)
 
+    def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
+        """All of them: what is pulled are the prompt's own blocks, not a cache's."""
+        group_ids: tuple[int, ...] = self._kv_cache_config.transfer_group_ids
+        return group_ids
+
     # ------------------------------------------------------------ worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker.register(kv_caches)
+        with carried():
+            self._worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._worker.facts
@@ -134,13 +139,19 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         return self._worker.results()
 
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._worker.take_failed_blocks()
-
     def build_connector_worker_meta(self) -> StepReport | None:
         return self._worker.report()
 
     # ------------------------------------------------------------ both
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """A block's heads one after the other, so that sides of unlike ranks can hand off.
+
+        Latent attention has no heads to keep apart, and takes its backend's own layout. vLLM
+        drops the wish, with a warning, where an attention backend can't have it.
+        """
+        return None if vllm_config.model_config.use_mla else "LBHNC"
 
     def get_kv_connector_stats(self) -> HandoffStats | None:
         half = self._scheduler_half or self._worker_half

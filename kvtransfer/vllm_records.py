@@ -24,19 +24,20 @@ class WorkerFacts(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     layout: Layout
     regions: list[Region]
     block_bytes: int
-    """One block of this rank's over all layers."""
+    """One block of every layer of this rank's."""
 
 
 @dataclass
 class Computed:
-    """Blocks of a prompt that a step completes, in the prompt's order."""
+    """Columns of a prompt that a step completes, in the prompt's order."""
 
     handle: str
     generation: int
     first: int
-    block_ids: list[int]
+    block_ids: list[list[int]]
+    """By column."""
     sums: dict[int, list[int]] = field(default_factory=dict)
-    """By rank, one a block; set by the worker halves, after the step."""
+    """By rank, one a column; set by the worker halves, after the step."""
 
 
 @dataclass

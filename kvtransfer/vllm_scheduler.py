@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
+from kvtransfer.core.geometry import described
 from kvtransfer.core.manifest import chain
 from kvtransfer.orders import Order, Pulled
 from kvtransfer.protocol import LINK_BYTES, Manifest
+from kvtransfer.releases import ReleaseClient
 from kvtransfer.sender import Offered, Sender
 from kvtransfer.vllm_cache_events import told
+from kvtransfer.vllm_groups import Columns, groups_of, kept_from
 from kvtransfer.vllm_records import Computed, HandoffStats, StepPlan, StepReport, account
+from kvtransfer.vllm_step_work import step_work
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from kvtransfer.vllm_groups import Tables
     from kvtransfer.vllm_records import WorkerFacts
 
 
@@ -37,8 +43,12 @@ class _Produced:
     handle: str
     links: bytes
     generation: int = 0
+    tokens: int = 0
+    """Of the prompt, handed over: the others the receiver computes."""
     planned: int = 0
-    """Blocks of this generation that some step completes, the present one included."""
+    """Columns of this generation that some step completes, the present one included."""
+    block_ids: list[list[int]] = field(default_factory=list)
+    """Of those."""
     after: int = 0
     """Tokens that are computed after the present step; 0 before the first."""
     told: bool = False
@@ -47,14 +57,14 @@ class _Produced:
     """Set when the request has finished; sealed once every block is announced."""
 
     @property
-    def blocks(self) -> int:
+    def columns(self) -> int:
         return len(self.links) // LINK_BYTES
 
 
 class SchedulerHalf:
     """Lives in the engine core's process, beside the block tables."""
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    def __init__(self, vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
         extra = vllm_config.kv_transfer_config.get_from_extra_config
         self._host: str = extra("host", "127.0.0.1")
         self._epoch: str = extra("epoch", "")
@@ -62,12 +72,15 @@ class SchedulerHalf:
         self._tokenizer_digest: str = extra("tokenizer_digest", "")
         self._lease_s = float(extra("lease_s", 30.0))
         self._checksums: str = extra("checksums", "sampled")
-        self._block_tokens: int = vllm_config.cache_config.block_size
+        self._cache_config = vllm_config.cache_config
+        groups = groups_of(cache)
+        self._groups, self._columns = groups, Columns(groups)
         self._step_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
         self._facts: WorkerFacts | None = None
         self._block_bytes = 0
         self._blocks: KVCacheManager | None = None
         self._sender: Sender | None = None
+        self._releases = ReleaseClient()
         self._produced: dict[str, _Produced] = {}
         """By request, while it is computed and until it is sealed."""
         self._kept: dict[str, str] = {}
@@ -95,19 +108,26 @@ class SchedulerHalf:
     def close(self) -> None:
         if self._sender is not None:
             self._sender.close()
+        self._releases.close()
 
     # ------------------------------------------------------------ receiving
 
     def match(self, request: Request, computed: int) -> tuple[int, bool]:
-        """How many prompt tokens beyond `computed` the handoff will bring: all of them."""
+        """How many prompt tokens beyond `computed` the handoff will bring: all it has."""
         fetch = _param(request, "tandem_fetch")
         if fetch is None:
             return 0, False
-        if reason := fetch.get("unreadable"):
-            request.kv_transfer_params["tandem_fetch"] = None
+        reason = fetch.get("unreadable")
+        if reason is None and computed % self._columns.tokens:
+            reason = f"{computed} cached tokens are no whole columns of {self._columns.tokens}"
+        if reason is None and fetch["tokens"] > computed:
+            return fetch["tokens"] - computed, True
+        request.kv_transfer_params["tandem_fetch"] = None
+        if "handle" in fetch:
+            self._releases.release_handle(fetch["endpoint"], fetch["epoch"], fetch["handle"])
+        if reason is not None:
             self._failures.append(account(Pulled(request.request_id, reason)))
-            return 0, False
-        return request.num_prompt_tokens - computed, True
+        return 0, False
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """The engine has reserved blocks. A handle is single use: it is spent here."""
@@ -115,7 +135,8 @@ class SchedulerHalf:
         if fetch is None or not external:
             return
         request.kv_transfer_params["tandem_fetch"] = None
-        (ids,) = blocks.get_block_ids()
+        tokens, tables = fetch["tokens"], blocks.get_block_ids()
+        columns = range(self._columns.count(tokens))
         self._pulling[request.request_id] = request
         self._pulls.append(
             Order(
@@ -123,13 +144,14 @@ class SchedulerHalf:
                 handle=fetch["handle"],
                 epoch=fetch["epoch"],
                 endpoint=fetch["endpoint"],
-                token_ids=list(request.prompt_token_ids),
+                token_ids=list(request.prompt_token_ids[:tokens]),
                 salt=request.cache_salt,
                 lora=_lora(request),
                 model_digest=self._model_digest,
                 tokenizer_digest=self._tokenizer_digest,
-                cached_tokens=request.num_prompt_tokens - external,
-                local_blocks=list(ids),
+                cached_tokens=tokens - external,
+                # Null where the engine has it null: before the window of the next token.
+                local_blocks=self._columns.ids(tables, tokens, columns, [0] * len(tables)),
             )
         )
 
@@ -156,18 +178,22 @@ class SchedulerHalf:
         if not produce:
             return
         assert self._sender is not None
+        handle, tokens = produce["handle"], produce["tokens"]
         links = chain(
-            request.prompt_token_ids,
-            self._block_tokens,
+            request.prompt_token_ids[:tokens],
+            self._columns.tokens,
             salt=request.cache_salt,
             lora=_lora(request),
         )
-        if self._sender.expect(produce["handle"], links):
-            self._produced[request.request_id] = _Produced(request, produce["handle"], links)
+        if not self._sender.expect(handle, links):
+            return
+        if self._columns.has_state and tokens != request.num_prompt_tokens:
+            reason = f"the state after {tokens} of {request.num_prompt_tokens} tokens is not kept"
+            self._sender.cancel(handle, reason)
+            return
+        self._produced[request.request_id] = _Produced(request, handle, links, tokens=tokens)
 
-    def finished(
-        self, request: Request, block_ids: list[int]
-    ) -> tuple[bool, dict[str, Any] | None]:
+    def finished(self, request: Request, tables: Tables) -> tuple[bool, dict[str, Any] | None]:
         """Whether to keep a finished request's blocks."""
         if self._pulling.pop(request.request_id, None) is not None:
             self._cancelled.append(request.request_id)
@@ -175,27 +201,45 @@ class SchedulerHalf:
         if produced is None:
             return False, None
         assert self._sender is not None
-        capped = request.status == RequestStatus.FINISHED_LENGTH_CAPPED
-        if not capped or not _param(request, "tandem_produce")["keep"]:
+        produce = _param(request, "tandem_produce")
+        reason = None
+        if request.status != RequestStatus.FINISHED_LENGTH_CAPPED or not produce["keep"]:
+            reason = f"the prefill ended with {request.status.name}"
+        elif self._moved(produced, tables):
+            reason = "the window has left blocks that the receiver needs"
+        if reason is not None:
             del self._produced[request.request_id]
-            self._sender.cancel(produced.handle, f"the prefill ended with {request.status.name}")
+            self._sender.cancel(produced.handle, reason)
             return False, None
-        relay = _param(request, "tandem_produce")["relay"]
         produced.manifest = Manifest(
-            num_tokens=request.num_prompt_tokens,
-            blocks=produced.blocks,
+            num_tokens=produced.tokens,
+            columns=produced.columns,
             chain=produced.links[-LINK_BYTES:],
             model_digest=self._model_digest,
             tokenizer_digest=self._tokenizer_digest,
-            first_token=request.output_token_ids[0] if relay else None,
+            first_token=request.output_token_ids[0] if produce["relay"] else None,
         )
         self._seal_if_whole(produced)
         return True, None
 
+    def _moved(self, produced: _Produced, tables: Tables) -> bool:
+        """Some announced block is the request's no longer.
+
+        vLLM frees what the token after the prompt's last does not attend to. Where the receiver
+        computes that last one again (prompt logprobs), it may need a block more.
+        """
+        columns = range(len(produced.block_ids))
+        now = self._columns.ids(tables, produced.tokens, columns, self._kept_from(produced))
+        return now != produced.block_ids
+
+    def _kept_from(self, produced: _Produced) -> list[int]:
+        assert self._blocks is not None
+        return kept_from(self._blocks, produced.tokens)
+
     def _seal_if_whole(self, produced: _Produced) -> None:
         assert self._sender is not None
         handle = produced.handle
-        whole = self._sender.computed(handle, produced.generation, [], []) == produced.blocks
+        whole = self._sender.computed(handle, produced.generation, [], []) == produced.columns
         if produced.manifest is not None and whole:
             request_id = produced.request.request_id
             del self._produced[request_id]
@@ -212,7 +256,7 @@ class SchedulerHalf:
             idle=not scheduled.total_num_scheduled_tokens,
         )
         self._pulls, self._cancelled = [], []
-        self._tallies.append(_tally(scheduled))
+        self._tallies.append(step_work(scheduled))
         if self._sender is not None:
             plan.sent = [self._kept.pop(handle) for handle in self._sender.ended()]
         if self._produced:
@@ -233,17 +277,22 @@ class SchedulerHalf:
             if request_id in resumed:  # Its blocks went with the preemption.
                 produced.generation += 1
                 produced.planned = 0
+                produced.block_ids = []
                 self._sender.restart(produced.handle, produced.generation)
             after = begun[request_id] + tokens
             produced.after = after
-            whole = after >= produced.request.num_prompt_tokens
-            blocks = produced.blocks if whole else after // self._block_tokens
-            if blocks > produced.planned:
-                ids = self._blocks.get_block_ids(request_id)[0][produced.planned : blocks]
+            whole = after >= produced.tokens
+            columns = produced.columns if whole else after // self._columns.tokens
+            if columns > produced.planned:
+                tables = self._blocks.get_block_ids(request_id)
+                span = range(produced.planned, columns)
+                kept = self._kept_from(produced)
+                ids = self._columns.ids(tables, produced.tokens, span, kept)
                 plan.computed.append(
                     Computed(produced.handle, produced.generation, produced.planned, ids)
                 )
-                produced.planned = blocks
+                produced.block_ids += ids
+                produced.planned = columns
 
     def reported(self, output: KVConnectorOutput) -> None:
         """A step is over: announce what it completed, go on with what has arrived."""
@@ -270,9 +319,20 @@ class SchedulerHalf:
         if self._blocks is None:
             return []
         events, pool = self._blocks.take_events() or (), self._blocks.block_pool
-        held, size = pool.cached_block_hash_to_block, self._block_tokens
-        found = (told(event, size, held) for event in events)
+        held, size = pool.cached_block_hash_to_block, self._index_tokens
+        group = self._columns.indexed_group
+        found = (told(event, size, held, group) for event in events)
         return [change for change in found if change is not None]
+
+    @property
+    def _tokens_max(self) -> int:
+        """Tokens that the cache holds, where its blocks are several groups'; else 0."""
+        hybrid = len(self._groups) > 1 or self._columns.has_state
+        return int(self._cache_config.kv_cache_size_tokens or 0) if hybrid else 0
+
+    @property
+    def _index_tokens(self) -> int:
+        return self._groups[self._columns.indexed_group].block_tokens
 
     def _in_last_step(self, produced: _Produced) -> bool:
         """News: the present step, or the next, completes this prompt."""
@@ -297,37 +357,21 @@ class SchedulerHalf:
                 "endpoint": sender.endpoint if sender else "",
                 "layout": _family(facts) if facts else "",
                 "block_bytes": self._block_bytes,
+                "block_tokens": self._index_tokens,
+                "tokens_max": self._tokens_max,
                 "transports": [r.transport for r in facts.regions] if facts else [],
             }
         )
-
-
-def _tally(scheduled: SchedulerOutput) -> list[int]:
-    """A step's work: `workers.api.Step` without the seconds."""
-    cached = scheduled.scheduled_cached_reqs
-    begun = {r.req_id: (r.num_computed_tokens, 0) for r in scheduled.scheduled_new_reqs}
-    ahead = zip(cached.num_computed_tokens, cached.num_output_tokens, strict=True)
-    begun |= dict(zip(cached.req_ids, ahead, strict=True))
-    prefill_tokens = prefill_pairs = decodes = context_tokens = 0
-    for request_id, tokens in scheduled.num_scheduled_tokens.items():
-        context, outputs = begun[request_id]
-        if tokens == 1 and outputs:
-            decodes += 1
-            context_tokens += context
-        else:
-            prefill_tokens += tokens
-            prefill_pairs += tokens * context + tokens * (tokens + 1) // 2
-    return [prefill_tokens, prefill_pairs, decodes, context_tokens]
 
 
 def _family(facts: WorkerFacts) -> str:
     """What two workers must have in common to hand off at all: told to the router."""
     layout = facts.layout
     parts = [layout.content, layout.dtype, layout.kv_heads, layout.head_token_bytes]
-    if not layout.by_head:
+    if not (layout.by_head and layout.head_token_bytes):
         parts.append(f"ranks {layout.ranks}")
     if not layout.by_token:
-        parts.append(f"blocks {layout.block_tokens}")
+        parts.append(described(layout))
     return "/".join(str(p) for p in parts)
 
 

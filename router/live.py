@@ -54,8 +54,7 @@ class Step:
 
 def generate(live: Live, wire_id: str, phase: Phase, ticket: bytes | None) -> Generate:
     """What a worker is asked for this phase of it."""
-    ask, state = live.ask, live.state
-    made = isinstance(state, life.Prefilling) and state.ticket is not None
+    ask = live.ask
     return Generate(
         request_id=wire_id,
         phase=phase,
@@ -63,13 +62,25 @@ def generate(live: Live, wire_id: str, phase: Phase, ticket: bytes | None) -> Ge
         max_tokens=ask.max_tokens,
         params=ask.params,
         ticket=ticket,
-        # Only a sender whose handle is known to both sides can hand the token on.
-        relay=ask.relay and made and phase is Phase.PREFILL,
+        relay=ask.relay and phase is not Phase.BOTH and _may_be_relayed(live.state),
         generated=ask.generated,
         cache_salt=ask.cache_salt,
         lora_name=ask.lora_name,
         priority=ask.priority,
     )
+
+
+def _may_be_relayed(state: life.State) -> bool:
+    """Only a sender whose handle is known to both sides can hand the first token on.
+
+    Both are told the same: a decode worker that is asked after the prefill, what came of it.
+    """
+    match state:
+        case life.Prefilling():
+            return state.ticket is not None
+        case life.Decoding():
+            return state.relayed is not None
+    return False
 
 
 def nobody_computed(prefill: int | None, delta: Delta) -> int:

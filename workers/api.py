@@ -116,8 +116,10 @@ class Generate(_Message, frozen=True):
     """Of the handoff: see the module. None for `Phase.BOTH`."""
     relay: bool = False
     """The prefill worker samples the first token as `params` ask, emits it, and hands it on with
-    the KV; the decode worker emits it too, first of all, and goes on from there. The router says
-    so only where that changes no token that follows (docs/handoff.md)."""
+    the KV; the decode worker emits it too, first of all, and goes on from there. Else the decode
+    worker computes the prompt's last token itself, and the KV before it is handed over. The router
+    says the same to both, and `relay` only where it changes no token that follows
+    (docs/handoff.md)."""
     generated: int = 0
     """So many tokens at the prompt's end were generated before, elsewhere: they count for
     `params`' limits, and the client has them."""

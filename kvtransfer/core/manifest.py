@@ -23,19 +23,19 @@ class Expectation:
 
     num_tokens: int
     links: bytes
-    """The prompt's whole chain, in the sender's blocks."""
+    """The prompt's whole chain, in the sender's columns."""
     model_digest: str
     tokenizer_digest: str
 
     @property
-    def blocks(self) -> int:
+    def columns(self) -> int:
         return len(self.links) // LINK_BYTES
 
 
 def chain(
     token_ids: Sequence[int], block_tokens: int, *, salt: str | None, lora: str | None
 ) -> bytes:
-    """Links of the prompt's blocks, its partial last one included, `LINK_BYTES` each.
+    """Links of the prompt's columns, its partial last one included, `LINK_BYTES` each.
 
     Each link hashes the one before, so equal last links mean equal prompts, salts and adapters.
     Fixed width and a packed head make the encoding canonical.
@@ -51,19 +51,19 @@ def chain(
     return b"".join(links)
 
 
-def other_block(links: bytes, first: int, wanted: Expectation) -> str | None:
-    """Why announced blocks are not the prompt's, naming both sides; None when they are."""
+def other_column(links: bytes, first: int, wanted: Expectation) -> str | None:
+    """Why announced columns are not the prompt's, naming both sides; None when they are."""
     start = first * LINK_BYTES
     ours = wanted.links[start : start + len(links)]
     if links == ours:
         return None
     if len(ours) < len(links):
-        return f"block {wanted.blocks} announced: the prompt has {wanted.blocks} blocks"
+        return f"column {wanted.columns} announced: the prompt has {wanted.columns} columns"
     for number in range(len(links) // LINK_BYTES):
         at = slice(number * LINK_BYTES, (number + 1) * LINK_BYTES)
         if links[at] != ours[at]:
             return (
-                f"prompt chain differs at block {first + number}: "
+                f"prompt chain differs at column {first + number}: "
                 f"sender has {links[at].hex()}, receiver {ours[at].hex()}"
             )
     return f"links of {len(links)} bytes are no whole number of links"
@@ -75,7 +75,7 @@ def mismatch(manifest: Manifest, wanted: Expectation) -> str | None:
         ("model digest", manifest.model_digest, wanted.model_digest),
         ("tokenizer digest", manifest.tokenizer_digest, wanted.tokenizer_digest),
         ("token count", manifest.num_tokens, wanted.num_tokens),
-        ("block count", manifest.blocks, wanted.blocks),
+        ("column count", manifest.columns, wanted.columns),
         ("prompt chain", manifest.chain.hex(), wanted.links[-LINK_BYTES:].hex()),
     ]
     for what, theirs, ours in pairs:

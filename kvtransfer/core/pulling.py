@@ -1,13 +1,14 @@
 """One pull as the receiver sees it: what to ask, what to read, and when the blocks are good.
 
 Pure: it receives `now` and answers with effects, which `kvtransfer.receiver` carries out. A pull
-ends once. It ends well only when the sealed manifest and every announced block matched the
+ends once. It ends well only when the sealed manifest and every announced column matched the
 request's own chain, every read was over, every checksum that came agreed, and the lease is known to
 have outlived the last read. It never ends while a read is in flight: a read that failed its
 deadline leaves its blocks in quarantine until the transport says that it is over, or the peer is
 fenced.
 
-Blocks are counted in strides (`kvtransfer.core.geometry`): `per_block` to a block of the sender's.
+Positions are counted in strides (`kvtransfer.core.geometry`): `per_column` to a column of the
+sender's.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvtransfer.core.manifest import mismatch, other_block
-from kvtransfer.protocol import LINK_BYTES
+from kvtransfer.core.manifest import mismatch, other_column
+from kvtransfer.protocol import LINK_BYTES, NULL_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,8 +79,8 @@ class Wanted:
     """What the request needs, once the sender's layout is known."""
 
     expectation: Expectation
-    per_block: int
-    """Strides in one block of the sender's."""
+    per_column: int
+    """Strides in one column of the sender's."""
     begin: int
     """First stride that the receiver has not got."""
     end: int
@@ -87,6 +88,9 @@ class Wanted:
     lease_s: float
     sender_rank: int | None = None
     """Whose checksums are comparable with ours; None: nobody's."""
+    local: Sequence[Sequence[int]] | None = None
+    """Our own blocks, by column, where the sender's columns are cut alike: null blocks must stand
+    in the same places. None: every column is one block, and none is null."""
 
 
 @dataclass(slots=True)
@@ -105,8 +109,8 @@ class Pull:
     """When the open question was asked; the shell opens the sender first. None: it has answered."""
     wanted: Wanted | None = None
     generation: int = -1
-    remote: list[int] = field(default_factory=list)
-    """The sender's blocks, from the prompt's first."""
+    remote: list[list[int]] = field(default_factory=list)
+    """The sender's blocks, by column from the prompt's first."""
     sums: list[list[int]] = field(default_factory=list)
     sealed: Sealed | None = None
     error: str | None = None
@@ -155,7 +159,9 @@ class Pull:
             return []
         if len(news.links) != len(news.block_ids) * LINK_BYTES:
             count = len(news.block_ids)
-            return self.fail(f"{count} blocks announced with {len(news.links)} bytes of links", now)
+            return self.fail(
+                f"{count} columns announced with {len(news.links)} bytes of links", now
+            )
         if news.generation > self.generation:
             if news.first:
                 return self._again(now)
@@ -163,16 +169,40 @@ class Pull:
         have = len(self.remote)
         if news.first > have:
             return self._again(now)  # Something in between was lost.
-        if reason := other_block(news.links, news.first, self.wanted.expectation):
+        if reason := other_column(news.links, news.first, self.wanted.expectation):
             self.mismatched = True
             return self.fail(reason, now)
-        self.remote += news.block_ids[have - news.first :]
+        for number, column in enumerate(news.block_ids[have - news.first :], have):
+            if unfit := self._unfit(number, column):
+                return self.fail(unfit, now)
+            self.remote.append(column)
         if news.sums:
             self.sums += news.sums[have - news.first :]
         rank = self.wanted.sender_rank or 0
         if self.sums and (len(self.sums) != len(self.remote) or len(self.sums[-1]) <= rank):
-            return self.fail("the sender announces fewer checksums than blocks", now)
+            return self.fail("the sender announces fewer checksums than columns", now)
         return self._settle(now)
+
+    def _unfit(self, number: int, column: list[int]) -> str | None:
+        """Why the sender's blocks of a column are not those that ours need."""
+        assert self.wanted is not None
+        local = self.wanted.local
+        if local is None:
+            if len(column) == 1 and NULL_BLOCK not in column:
+                return None
+            return f"column {number} is one block here, the sender announces {column}"
+        ours = local[number]
+        if len(ours) != len(column):
+            return f"column {number} has {len(ours)} blocks here, the sender announces {column}"
+        if number < self.wanted.begin // self.wanted.per_column:
+            return None  # Cached, or before every window: nothing of it is read.
+        needed = [slot for slot, block in enumerate(ours) if block != NULL_BLOCK]
+        if needed == [slot for slot, block in enumerate(column) if block != NULL_BLOCK]:
+            return None
+        return (
+            f"column {number} keeps other blocks: sender has {column}, receiver needs {needed} "
+            f"of {len(ours)}"
+        )
 
     def seal(self, news: Sealed, now: float) -> Effects:
         """The prompt is computed and leased."""
@@ -180,7 +210,7 @@ class Pull:
             return []
         if news.generation < self.generation:
             return []
-        if news.generation > self.generation or news.manifest.blocks > len(self.remote):
+        if news.generation > self.generation or news.manifest.columns > len(self.remote):
             return self._again(now)
         if reason := mismatch(news.manifest, self.wanted.expectation):
             self.mismatched = True
@@ -196,7 +226,7 @@ class Pull:
             return None
         if self._damage is not None or any(r.stale for r in self._reads.values()):
             return None  # Stale ones' bytes would land on top of the new ones.
-        until = min(len(self.remote) * self.wanted.per_block, self.wanted.end)
+        until = min(len(self.remote) * self.wanted.per_column, self.wanted.end)
         until = min(until, self._taken + strides_max)
         if until <= self._taken:
             return None
@@ -207,7 +237,7 @@ class Pull:
         return self._next_read, strides
 
     def read_done(self, number: int, now: float, sums: Sequence[int] = ()) -> Effects:
-        """A read is over. `sums`: of the sender's blocks in it, as they are here now."""
+        """A read is over. `sums`: of the sender's columns in it, as they are here now."""
         read = self._reads.pop(number)
         if not read.stale:
             self._damage = self._damage or self._damaged(read, sums)
@@ -216,12 +246,12 @@ class Pull:
     def _damaged(self, read: _Read, sums: Sequence[int]) -> str | None:
         if self.wanted is None or self.wanted.sender_rank is None or not self.sums:
             return None
-        first = read.strides.start // self.wanted.per_block
-        for block, ours in enumerate(sums, first):
-            theirs = self.sums[block][self.wanted.sender_rank]
+        first = read.strides.start // self.wanted.per_column
+        for column, ours in enumerate(sums, first):
+            theirs = self.sums[column][self.wanted.sender_rank]
             if ours != theirs:
                 return (
-                    f"checksum of block {block} differs: "
+                    f"checksum of column {column} differs: "
                     f"sender has {theirs:016x}, receiver {ours:016x}"
                 )
         return None

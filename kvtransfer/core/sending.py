@@ -37,7 +37,8 @@ FOLLOWED_MAX: Final = 16_384
 @dataclass(slots=True)
 class _Handoff:
     links: bytes = b""
-    ids: list[int] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)
+    """By column."""
     sums: list[list[int]] = field(default_factory=list)
     generation: int = 0
     manifest: Manifest | None = None
@@ -87,11 +88,11 @@ class Book:
         return True
 
     def computed(
-        self, handle: str, generation: int, ids: Sequence[int], sums: Sequence[list[int]]
+        self, handle: str, generation: int, ids: Sequence[list[int]], sums: Sequence[list[int]]
     ) -> Messages:
-        """More blocks of this generation, next in order. A stale generation's are ignored.
+        """More columns of this generation, next in order. A stale generation's are ignored.
 
-        `sums`: of each block, by rank; none at all when off.
+        `ids`: by column. `sums`: by column, by rank; none at all when off.
         """
         handoff = self._live.get(handle)
         if handoff is None or handoff.generation != generation or not ids:
@@ -102,7 +103,7 @@ class Book:
         return [(to, self._blocks(handle, handoff, first)) for to in handoff.followers.values()]
 
     def announced(self, handle: str) -> int:
-        """Blocks of the present generation so far."""
+        """Columns of the present generation so far."""
         handoff = self._live.get(handle)
         return 0 if handoff is None else len(handoff.ids)
 
@@ -118,7 +119,7 @@ class Book:
         handoff = self._live[handle]
         assert handoff.expected
         assert handoff.manifest is None, f"handle {handle} was sealed twice"
-        assert len(handoff.ids) == manifest.blocks, "sealed before every block was announced"
+        assert len(handoff.ids) == manifest.columns, "sealed before every column was announced"
         handoff.manifest = manifest
         handoff.until = now + self._lease_s
         if handoff.all_released:  # Whoever wanted it has left meanwhile.

@@ -82,7 +82,7 @@ class Prefill:
             regions.append([Region(n, o.description, cut.blocks) for n, o in offers])
         offered = Offered(cut.layout(sends.content), sends.mode.value, regions)
         self._sender = Sender("127.0.0.1", sends.epoch, sends.lease_s, offered, sends.port)
-        self._free = random.Random(5).sample(range(cut.blocks), cut.blocks)
+        self._free = random.Random(5).sample(range(1, cut.blocks), cut.blocks - 1)
         self._produced: dict[str, _Produced] = {}
         self._ended: list[str] = []
 
@@ -104,13 +104,14 @@ class Prefill:
         new = [self._free.pop() for _ in range(min(count, left))]
         for kv in self._kv:
             kv.write(produced.prompt, first, new)
+        columns, slots = [[block] for block in new], self._sends.cut.layout().slots
+        mode, seed = self._sends.mode, handle.encode()
         by_rank = [
-            checksums.sums(kv.memory, new, self._sends.mode, handle.encode(), first=first)
-            for kv in self._kv
+            checksums.sums(kv.memory, slots, columns, mode, seed, first=first) for kv in self._kv
         ]
         produced.blocks += new
         sums = [list(s) for s in zip(*by_rank, strict=True)]
-        return self._sender.computed(handle, produced.generation, new, sums)
+        return self._sender.computed(handle, produced.generation, columns, sums)
 
     def seal(self, handle: str, first_token: int | None = None) -> None:
         produced = self._produced[handle]
@@ -227,7 +228,7 @@ class Decode:
         mine = Mine(self._kv.memory, layout, receives.rank, self.watched)
         self._receiver = Receiver(mine, receives.timeouts, receives.in_flight_bytes_max)
         self._known = self._kv.array.copy()
-        self._free = random.Random(6).sample(range(cut.blocks), cut.blocks)
+        self._free = random.Random(6).sample(range(1, cut.blocks), cut.blocks - 1)
         self._running: dict[str, tuple[Prompt, list[int]]] = {}
         self._outcomes: dict[str, Outcome] = {}
 
@@ -240,7 +241,7 @@ class Decode:
         self._receiver.start(
             Order(
                 request_id, prompt.handle, epoch, endpoint, prompt.token_ids, None, None, "model",
-                "tok", prompt.cached, blocks,
+                "tok", prompt.cached, [[block] for block in blocks],
             )
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from kvtransfer.core.geometry import heads_of
-from kvtransfer.protocol import Layout
+from kvtransfer.protocol import Group, Layout
 from kvtransfer.transports.api import Memory, Segment
 
 if TYPE_CHECKING:
@@ -25,13 +25,18 @@ class Cut:
     block_tokens: int = 8
     head_token_bytes: int = 64
     ranks: int = 1
-    blocks: int = 96
+    blocks: int = 97
+    """The null block, which is never used, included."""
     by_token: bool = True
 
     def layout(self, content: str = "numpy") -> Layout:
+        heads = max(1, self.kv_heads // self.ranks)
+        size = heads * self.block_tokens * self.head_token_bytes
+        layers = list(range(self.layers))
         return Layout(
-            content, "u64", self.layers, self.kv_heads, self.head_token_bytes, self.block_tokens,
-            self.ranks, by_head=True, by_token=self.by_token,
+            content, "u64", self.kv_heads, self.head_token_bytes, self.ranks,
+            by_head=True, by_token=self.by_token, segments=[size] * self.layers,
+            groups=[Group("full_attention", 0, self.block_tokens, layers)],
         )  # fmt: skip
 
     def blocks_of(self, tokens: int) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
-from kvtransfer.protocol import VERSION, Layout, Open, Opened, ToReceiver
+from kvtransfer.protocol import VERSION, Group, Layout, Open, Opened, ToReceiver
 from kvtransfer.transports.ucx import UcxDescription
 
 if TYPE_CHECKING:
@@ -54,10 +54,12 @@ def damaged(sender: WorkerHello) -> Iterator[None]:
 def _layout(hello: WorkerHello) -> Layout:
     """As the worker told the router, in the one string by which workers are paired."""
     content, dtype, heads, head_token_bytes, *_ = hello.kv_digest.split("/")
-    size = hello.block_bytes // (int(heads) * int(head_token_bytes) * hello.block_tokens)
+    size = int(heads) * int(head_token_bytes) * hello.block_tokens
+    layers = hello.block_bytes // size
+    group = Group("full_attention", 0, hello.block_tokens, list(range(layers)))
     return Layout(
-        content, dtype, size, int(heads), int(head_token_bytes), hello.block_tokens,
-        ranks=1, by_head=True, by_token=False,
+        content, dtype, int(heads), int(head_token_bytes), ranks=1, by_head=True, by_token=False,
+        groups=[group], segments=[size] * layers,
     )  # fmt: skip
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.checksums import LAYERS_SAMPLED, Mode, sampled_layers, sums
+from kvtransfer import checksums
+from kvtransfer.checksums import LAYERS_SAMPLED, Mode, sampled_layers
 from kvtransfer.transports.api import Memory, Segment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 LAYERS, BLOCKS, SIZE, STRIDE = 5, 8, 512, 640
 SEED = b"a ticket's handle"
@@ -24,7 +28,13 @@ def memory(seed: int = 1) -> tuple[Any, Memory]:
 
 
 def over(array: Any) -> Memory:
-    return Memory(tuple(Segment(a.ctypes.data, STRIDE, SIZE, BLOCKS) for a in array))
+    """Its first block is block 1: block 0 is the null block, which nobody looks at."""
+    return Memory(tuple(Segment(a.ctypes.data - STRIDE, STRIDE, SIZE, BLOCKS + 1) for a in array))
+
+
+def sums(kv: Memory, blocks: Iterable[int], mode: Mode, seed: bytes) -> list[int]:
+    """Of columns of one block each; `blocks` as they lie in the array."""
+    return checksums.sums(kv, [range(len(kv.segments))], [[b + 1] for b in blocks], mode, seed)
 
 
 places = st.tuples(
@@ -86,6 +96,32 @@ def test_layers_in_each_others_place_are_caught_when_full() -> None:
     before = sums(kv, [0], Mode.FULL, SEED)
     array[[0, 1]] = array[[1, 0]]
     assert sums(kv, [0], Mode.FULL, SEED) != before
+
+
+SLOTS = [[0, 1], [0, 1], [2, 3, 4]]
+"""Two groups: one of two blocks a column, and one of three layers in other segments."""
+
+
+def column_sum(kv: Memory, column: list[int], mode: Mode = Mode.SAMPLED) -> int:
+    (found,) = checksums.sums(kv, SLOTS, [column], mode, SEED)
+    return found
+
+
+@pytest.mark.parametrize("mode", [Mode.FULL, Mode.SAMPLED])
+@pytest.mark.parametrize("slot", [0, 1, 2])
+def test_any_one_group_s_wrong_block_is_caught(slot: int, mode: Mode) -> None:
+    _, kv = memory()
+    wrong = [1, 2, 3]
+    wrong[slot] = 7
+    assert column_sum(kv, [1, 2, 3], mode) != column_sum(kv, wrong, mode)
+
+
+def test_nothing_of_a_null_block_is_looked_at() -> None:
+    array, kv = memory()
+    before = column_sum(kv, [0, 2, 3], Mode.FULL)
+    array[:2, 0] = 0  # Block 1, which stood there before the window left it.
+    assert column_sum(kv, [0, 2, 3], Mode.FULL) == before
+    assert column_sum(kv, [1, 2, 3], Mode.FULL) != before
 
 
 def test_off_costs_and_says_nothing() -> None:

@@ -82,7 +82,7 @@ class Handoffs(RuleBasedStateMachine):
         self.count = itertools.count()
         self.epochs = itertools.count()
         self.memory: dict[int, Any] = {}
-        self.fresh = itertools.count()
+        self.fresh = itertools.count(1)
         self.prompts: dict[str, Prompt] = {}
         self.wire: list[tuple[str, Any]] = []
         """In flight: ("sender", message) or (handle, message)."""
@@ -144,7 +144,8 @@ class Handoffs(RuleBasedStateMachine):
             ids.append(number := next(self.fresh))
             self.memory[number] = prompt.content(block)
         prompt.ids += ids
-        self.say(self.book.computed(prompt.handle, prompt.generation, ids, []))
+        columns = [[block] for block in ids]
+        self.say(self.book.computed(prompt.handle, prompt.generation, columns, []))
 
     def preempt(self, index: int) -> None:
         prompt = self.some(index, "computing")
@@ -237,7 +238,7 @@ class Handoffs(RuleBasedStateMachine):
         if found := prompt.pull.next_read(strides, self.now):
             number, wanted = found
             assert not set(wanted) & {s for left, _ in prompt.reads.values() for s in left}
-            prompt.reads[number] = (list(wanted), list(prompt.pull.remote))
+            prompt.reads[number] = (list(wanted), [block for (block,) in prompt.pull.remote])
             if prompt.epoch != self.epoch:
                 self.read_fails(index)
 

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.core.geometry import Unlike, heads_of, refusal, routes
-from kvtransfer.core.manifest import Expectation, chain, mismatch, other_block
+from kvtransfer.core.manifest import Expectation, chain, mismatch, other_column
 from kvtransfer.core.pulling import AskFollow, Pull, Timeouts, Wanted
 from kvtransfer.protocol import (
     LINK_BYTES,
     VERSION,
     Blocks,
+    Group,
     Layout,
     Manifest,
     Sealed,
@@ -29,10 +30,20 @@ TOKENS = st.lists(st.integers(0, 200_000), min_size=1, max_size=40)
 LINKS = chain(range(20), 16, salt=None, lora=None)
 WANTED = Expectation(20, LINKS, "m", "t")
 GOOD = Manifest(20, 2, LINKS[-LINK_BYTES:], "m", "t", None)
-LAYOUT = Layout(
-    "c", "float32", layers=2, kv_heads=4, head_token_bytes=8, block_tokens=16,
-    ranks=1, by_head=True, by_token=True,
-)  # fmt: skip
+
+
+def layout_of(ranks: int = 1, block_tokens: int = 16, layers: int = 2, **others: object) -> Layout:
+    """Of one group of full attention, four heads of 8 bytes a token."""
+    size = max(1, 4 // ranks) * block_tokens * 8
+    group = Group("full_attention", 0, block_tokens, list(range(layers)))
+    plain = Layout(
+        "c", "float32", kv_heads=4, head_token_bytes=8, ranks=ranks, by_head=True, by_token=True,
+        groups=[group], segments=[size] * layers,
+    )  # fmt: skip
+    return msgspec.structs.replace(plain, **others)
+
+
+LAYOUT = layout_of()
 
 
 # ------------------------------------------------------------ manifest
@@ -65,8 +76,8 @@ def test_salt_adapter_and_block_size_are_part_of_the_chain() -> None:
 
 def test_a_whole_match_is_used() -> None:
     assert mismatch(GOOD, WANTED) is None
-    assert other_block(LINKS, 0, WANTED) is None
-    assert other_block(LINKS[LINK_BYTES:], 1, WANTED) is None
+    assert other_column(LINKS, 0, WANTED) is None
+    assert other_column(LINKS[LINK_BYTES:], 1, WANTED) is None
 
 
 @pytest.mark.parametrize(
@@ -75,7 +86,7 @@ def test_a_whole_match_is_used() -> None:
         ({"model_digest": "other"}, "model digest"),
         ({"tokenizer_digest": "other"}, "tokenizer digest"),
         ({"num_tokens": 21}, "token count"),
-        ({"blocks": 1}, "block count"),
+        ({"columns": 1}, "column count"),
         ({"chain": b"d" * 16}, "prompt chain"),
     ],
 )
@@ -88,7 +99,7 @@ def test_anything_else_is_refused_by_name(change: dict[str, object], what: str) 
 @given(st.binary(max_size=80), st.integers(0, 3))
 def test_only_the_prompts_own_links_are_its_blocks(links: bytes, first: int) -> None:
     own = LINKS[first * LINK_BYTES :][: len(links)]
-    assert (other_block(links, first, WANTED) is None) == (links == own)
+    assert (other_column(links, first, WANTED) is None) == (links == own)
 
 
 # ------------------------------------------------------------ tickets
@@ -116,7 +127,7 @@ def test_a_ticket_comes_back_as_it_was() -> None:
 def memory(layout: Layout, rank: int, blocks: int) -> np.ndarray:
     """Words that name what they hold: layer, head, and which token of which block; units apart."""
     held = heads_of(layout, rank)
-    shape = (layout.layers, blocks, held.count, layout.block_tokens)
+    shape = (len(layout.segments), blocks, held.count, layout.column_tokens)
     words = np.zeros(shape, dtype=np.int64)
     for layer, block, head, token in itertools.product(*(range(n) for n in shape)):
         words[layer, block, head, token] = (
@@ -135,22 +146,21 @@ def memory(layout: Layout, rank: int, blocks: int) -> np.ndarray:
 def test_every_token_of_every_head_lands_where_it_belongs(
     ranks: tuple[int, int], sizes: tuple[int, int], tokens: int, cached_blocks: int, seed: object
 ) -> None:
-    sender = msgspec.structs.replace(LAYOUT, ranks=ranks[0], block_tokens=sizes[0])
-    receiver = msgspec.structs.replace(LAYOUT, ranks=ranks[1], block_tokens=sizes[1])
-    theirs = list(range(20))
+    sender, receiver = layout_of(ranks[0], sizes[0]), layout_of(ranks[1], sizes[1])
+    theirs = list(range(1, 21))
     seed.shuffle(theirs)  # type: ignore[attr-defined]
-    ours = list(range(20))
+    ours = list(range(1, 21))
     seed.shuffle(ours)  # type: ignore[attr-defined]
     cached = min(cached_blocks * sizes[1], (tokens - 1) // sizes[1] * sizes[1])
     for rank in range(receiver.ranks):
-        local = np.full_like(memory(receiver, rank, 20), -1)
+        local = np.full_like(memory(receiver, rank, 21), -1)
         for route in routes(sender, receiver, rank):
-            bound = route.bound(20, 20)
+            bound = route.bound(21, 21)
             stride = route.stride_tokens
             wanted = range(cached // stride, -(-tokens // stride))
-            here, there = bound.units(wanted, ours, theirs)
+            here, there = bound.units(wanted, [[b] for b in ours], [[b] for b in theirs])
             words = route.unit_bytes // LAYOUT.head_token_bytes
-            remote = memory(sender, route.sender_rank, 20).reshape(-1, words)
+            remote = memory(sender, route.sender_rank, 21).reshape(-1, words)
             local.reshape(-1, words)[here] = remote[there]
         held = heads_of(receiver, rank)
         for layer, head, token in itertools.product(
@@ -169,7 +179,7 @@ def test_every_token_of_every_head_lands_where_it_belongs(
     [
         ({"content": "other"}, ["content", "c", "other"]),
         ({"dtype": "bfloat16"}, ["float32", "bfloat16"]),
-        ({"layers": 3}, ["layers", "2", "3"]),
+        ({"layers": 3}, ["groups", "2 x full_attention", "3 x full_attention"]),
         ({"ranks": 3}, ["4 KV heads", "3 ranks"]),
         ({"block_tokens": 24}, ["16 tokens", "24"]),
     ],
@@ -177,7 +187,7 @@ def test_every_token_of_every_head_lands_where_it_belongs(
 def test_what_does_not_fit_is_refused_naming_both(
     change: dict[str, object], words: list[str]
 ) -> None:
-    other = msgspec.structs.replace(LAYOUT, **change)
+    other = layout_of(**change)  # type: ignore[arg-type]
     reason = refusal(LAYOUT, other)
     assert reason is not None
     assert all(w in reason for w in words)
@@ -186,10 +196,11 @@ def test_what_does_not_fit_is_refused_naming_both(
 
 
 def test_a_layout_that_keeps_nothing_apart_must_be_equal() -> None:
-    whole = msgspec.structs.replace(LAYOUT, by_head=False, by_token=False)
+    whole = layout_of(by_head=False, by_token=False)
     assert refusal(whole, whole) is None
-    assert "ranks must be equal" in (refusal(whole, msgspec.structs.replace(whole, ranks=2)) or "")
-    smaller = msgspec.structs.replace(whole, block_tokens=8)
+    split = layout_of(ranks=2, by_head=False, by_token=False)
+    assert "ranks must be equal" in (refusal(whole, split) or "")
+    smaller = layout_of(block_tokens=8, by_head=False, by_token=False)
     assert "blocks must be equal" in (refusal(whole, smaller) or "")
 
 
@@ -206,7 +217,7 @@ def pull_of(tokens: int) -> tuple[Pull, bytes]:
 @pytest.mark.parametrize("of_links", [0, 1, 3])
 def test_a_block_without_a_link_of_its_own_is_never_read(of_links: int) -> None:
     pull, links = pull_of(16)
-    pull.blocks(Blocks("h", 0, 0, [7, 8], links[: of_links * LINK_BYTES], []), 1.0)
+    pull.blocks(Blocks("h", 0, 0, [[7], [8]], links[: of_links * LINK_BYTES], []), 1.0)
     assert pull.next_read(9, 1.0) is None
     assert pull.error is not None
 
@@ -214,13 +225,13 @@ def test_a_block_without_a_link_of_its_own_is_never_read(of_links: int) -> None:
 def test_news_of_no_blocks_changes_nothing() -> None:
     pull, links = pull_of(8)
     pull.blocks(Blocks("h", 9, 0, [], b"", []), 1.0)
-    pull.blocks(Blocks("h", 0, 0, [7, 8], links, []), 1.0)
+    pull.blocks(Blocks("h", 0, 0, [[7], [8]], links, []), 1.0)
     assert pull.next_read(9, 1.0) == (1, range(2)), "generation 9 was none"
 
 
 def test_a_seal_vouches_for_no_block_of_an_earlier_generation() -> None:
     pull, links = pull_of(8)
-    pull.blocks(Blocks("h", 0, 0, [7, 8], links, []), 1.0)
+    pull.blocks(Blocks("h", 0, 0, [[7], [8]], links, []), 1.0)
     number, _ = pull.next_read(9, 1.0) or (0, None)
     pull.read_done(number, 1.0)
     manifest = Manifest(8, 2, links[-LINK_BYTES:], "m", "t", None)

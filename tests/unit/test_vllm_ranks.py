@@ -10,6 +10,8 @@ import pytest
 from kvtransfer.orders import Pulled
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.outputs import KVConnectorOutput
@@ -24,7 +26,10 @@ PROMPT = [5, 6, 7, 8, 9]
 
 
 @pytest.fixture
-def half() -> SchedulerHalf:
+def half() -> Iterator[SchedulerHalf]:
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
     from kvtransfer.vllm_scheduler import SchedulerHalf
 
     config = SimpleNamespace(
@@ -32,7 +37,11 @@ def half() -> SchedulerHalf:
         cache_config=SimpleNamespace(block_size=4),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=8),
     )
-    return SchedulerHalf(cast("VllmConfig", config))
+    spec = FullAttentionSpec(block_size=4, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    cache = KVCacheConfig(10, [], [KVCacheGroupSpec(["layer"], spec)])
+    made = SchedulerHalf(cast("VllmConfig", config), cache)
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -40,7 +49,7 @@ def pulling(half: SchedulerHalf) -> Request:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.request import Request
 
-    fetch = {"handle": "h", "epoch": "e", "endpoint": "tcp://127.0.0.1:1"}
+    fetch = {"handle": "h", "epoch": "e", "endpoint": "tcp://127.0.0.1:1", "tokens": len(PROMPT)}
     params = SamplingParams(max_tokens=12, min_tokens=2)
     request = Request("r", list(PROMPT), params, None)
     request.kv_transfer_params = {"tandem_fetch": fetch}
@@ -78,7 +87,7 @@ def test_a_first_token_that_one_rank_only_has_counts(half: SchedulerHalf, pullin
 
 def test_a_request_that_was_aborted_adopts_nothing(half: SchedulerHalf, pulling: Request) -> None:
     half.reported(told({"r": 42}))
-    half.finished(pulling, [])
+    half.finished(pulling, ([],))
     half.reported(told({"r": 42}, {"r"}))
     assert pulling.prompt_token_ids == PROMPT
 

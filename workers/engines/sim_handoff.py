@@ -96,7 +96,7 @@ class Keeper:
         if (book := self._handoffs.book(self._epoch)) is not None:
             self._kept[handle] = blocks
             count = len(blocks[0]) + blocks[1]
-            book.computed(handle, 0, range(count), [])
+            book.computed(handle, 0, [[number] for number in range(count)], [])
             book.seal(handle, manifest_of(prompt, count), now)
 
     def make_ticket(self, handle: str, prompt: Content, blocks: Blocks | None, now: float) -> bytes:
@@ -158,7 +158,7 @@ class Followed:
             if isinstance(news, Gone):
                 return news.reason
             if isinstance(news, Sealed):
-                if news.manifest == manifest_of(self._prompt, news.manifest.blocks):
+                if news.manifest == manifest_of(self._prompt, news.manifest.columns):
                     return None
                 self.abandon()
                 return OTHER_PROMPT

@@ -75,7 +75,6 @@ class VllmEngine:
         await self._warm_up(1)
         await self._warm_up(WARM_UP_TOGETHER)
         self._step = None  # What it took was the start.
-        cache = self._config.cache_config
         transfer = self._config.kv_transfer_config
         connector = self._connector
         nixl = transfer is not None and transfer.kv_connector == "NixlConnector"
@@ -84,7 +83,7 @@ class VllmEngine:
             version=vllm.__version__,
             kv_digest="nixl" if nixl else connector.get("layout", ""),
             transports=["nixl"] if nixl else connector.get("transports", []),
-            block_tokens=cache.block_size,
+            block_tokens=self._block_tokens,
             block_bytes=connector.get("block_bytes", 0),
             blocks_total=self._blocks_total,
             max_model_len=self._config.model_config.max_model_len,
@@ -204,7 +203,13 @@ class VllmEngine:
     # ------------------------------------------------------------ out
 
     @property
+    def _block_tokens(self) -> int:
+        return int(self._connector.get("block_tokens") or self._config.cache_config.block_size)
+
+    @property
     def _blocks_total(self) -> int:
+        if tokens := self._connector.get("tokens_max"):  # Several groups share the blocks.
+            return int(tokens // self._block_tokens)
         # vLLM keeps one block for itself: the null block.
         return (self._config.cache_config.num_gpu_blocks or 1) - 1
 

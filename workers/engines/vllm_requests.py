@@ -52,8 +52,27 @@ def core_request(generate: Generate, config: VllmConfig) -> EngineCoreRequest:
     request.request_id = generate.request_id
     request.external_req_id = None
     request.arrival_time = time.time()
-    request.sampling_params = _shape(request.sampling_params, generate, config)
+    handed = _tokens_handed_over(request, generate)
+    if generate.phase is Phase.PREFILL and request.sampling_params.prompt_logprobs is None:
+        # The decode worker computes what is not handed over, and nobody needs it twice.
+        request.prompt_token_ids = tokens[: handed or None]
+    request.sampling_params = _shape(request.sampling_params, generate, config, handed)
     return request
+
+
+def _tokens_handed_over(request: EngineCoreRequest, generate: Generate) -> int:
+    """Prompt tokens whose KV goes from the prefill worker to the decode worker.
+
+    With a relayed first token all: it is the next that is computed. Else all but the last, which
+    the decode worker computes for its first output. A window or a state is then right for exactly
+    the next token. An image that ends the prompt is not cut: its tokens are computed together.
+    """
+    count = len(generate.prompt_token_ids)
+    if generate.relay:
+        return count
+    items = request.mm_features or []
+    ends = [f.mm_position.offset + f.mm_position.length for f in items]
+    return count if count in ends else count - 1
 
 
 def warm_up_request(request_id: str) -> EngineCoreRequest:
@@ -138,7 +157,9 @@ def _prefilled(
     )
 
 
-def _shape(params: SamplingParams, generate: Generate, config: VllmConfig) -> SamplingParams:
+def _shape(
+    params: SamplingParams, generate: Generate, config: VllmConfig, handed: int
+) -> SamplingParams:
     params = params.clone()
     transfer = config.kv_transfer_config
     nixl = transfer is not None and transfer.kv_connector == "NixlConnector"
@@ -149,14 +170,14 @@ def _shape(params: SamplingParams, generate: Generate, config: VllmConfig) -> Sa
     hand_off: dict[str, Any] | None = None
     if generate.phase is Phase.PREFILL:
         params = _first_only(params) if generate.relay else _prefill_only(params)
-        hand_off = {"do_remote_decode": True} if nixl else {"tandem_produce": _produce(generate)}
+        produce = _produce(generate, handed)
+        hand_off = {"do_remote_decode": True} if nixl else {"tandem_produce": produce}
     elif generate.phase is Phase.DECODE and generate.ticket is not None:
         # The prefill worker has computed them.
         params.prompt_logprobs = None
         params.skip_reading_prefix_cache = False
-        hand_off = (
-            _nixl_params(generate.ticket) if nixl else {"tandem_fetch": _fetch(generate.ticket)}
-        )
+        fetch = _fetch(generate.ticket, handed)
+        hand_off = _nixl_params(generate.ticket) if nixl else {"tandem_fetch": fetch}
     extra = {k: v for k, v in (params.extra_args or {}).items() if k != "kv_transfer_params"}
     if hand_off is not None:
         extra["kv_transfer_params"] = hand_off
@@ -164,7 +185,7 @@ def _shape(params: SamplingParams, generate: Generate, config: VllmConfig) -> Sa
     return params
 
 
-def _produce(generate: Generate) -> dict[str, Any]:
+def _produce(generate: Generate, handed: int) -> dict[str, Any]:
     if generate.ticket is None:
         raise BadRequest("the prefill phase needs a ticket")
     try:
@@ -172,17 +193,22 @@ def _produce(generate: Generate) -> dict[str, Any]:
     except TicketUnreadable as error:
         raise BadRequest(str(error)) from None
     # With no token after the first there is nothing to hand off.
-    keep = not (generate.relay and generate.max_tokens == 1)
-    return {"handle": ticket.handle, "relay": generate.relay, "keep": keep}
+    keep = handed > 0 and not (generate.relay and generate.max_tokens == 1)
+    return {"handle": ticket.handle, "tokens": handed, "relay": generate.relay, "keep": keep}
 
 
-def _fetch(ticket: bytes) -> dict[str, Any]:
+def _fetch(ticket: bytes, handed: int) -> dict[str, Any]:
     """For the connector; one that can't be read costs time and no more, as any failed pull."""
     try:
         read = decode_ticket(ticket)
     except TicketUnreadable as error:
         return {"unreadable": str(error)}
-    return {"handle": read.handle, "epoch": read.epoch, "endpoint": read.endpoint}
+    return {
+        "handle": read.handle,
+        "epoch": read.epoch,
+        "endpoint": read.endpoint,
+        "tokens": handed,
+    }
 
 
 def _nixl_params(ticket: bytes) -> dict[str, Any]:
