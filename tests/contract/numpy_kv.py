@@ -30,7 +30,7 @@ class Cut:
     by_token: bool = True
 
     def layout(self, content: str = "numpy") -> Layout:
-        heads = max(1, self.kv_heads // self.ranks)
+        heads = max(1, self.kv_heads // max(1, self.ranks))
         size = heads * self.block_tokens * self.head_token_bytes
         layers = list(range(self.layers))
         return Layout(

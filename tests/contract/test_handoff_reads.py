@@ -47,7 +47,7 @@ def test_memory_that_changes_after_its_checksum_is_never_used(world: World) -> N
         receiver.ask("follow", prompt, sender.ask("address"))
         pulled = receiver.ask("outcome", prompt.handle).pulled
         assert pulled.mismatched
-        assert re.search(f"block {layer} differs: sender has {SUM}, receiver {SUM}", pulled.error)
+        assert re.search(f"column {layer} differs: sender has {SUM}, receiver {SUM}", pulled.error)
 
 
 @only("memory")
@@ -62,7 +62,7 @@ def test_sampled_catches_every_block_that_is_wrong_as_a_whole(world: World) -> N
         receiver.ask("follow", prompt, sender.ask("address"))
         pulled = receiver.ask("outcome", prompt.handle).pulled
         assert pulled.mismatched
-        assert f"block {block} differs" in pulled.error
+        assert f"column {block} differs" in pulled.error
         assert sender.ask("await_ended", [prompt.handle], LEASE_S / 2)
 
 

@@ -267,7 +267,7 @@ def test_a_block_that_is_damaged_at_the_sender_is_never_used(
     ticket = pair.ticket(PROMPT, salt="damaged")
     with damaged(pair.prefill.hello):
         deltas = pair.decoded("damaged", ticket)
-    assert_computed_here(deltas, right, "checksum of block 0 differs")
+    assert_computed_here(deltas, right, "checksum of column 0 differs")
     assert metrics(group, "decode-0")[refused] == before + 1
     # Nothing of it stayed in the decode worker's own cache.
     again = pair.decoded("damaged", pair.ticket(PROMPT, salt="damaged"))
