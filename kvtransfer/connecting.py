@@ -11,7 +11,7 @@ from kvtransfer.core.manifest import Expectation, chain
 from kvtransfer.core.pulling import Wanted
 from kvtransfer.protocol import NULL_BLOCK
 from kvtransfer.transports.api import TransferError
-from kvtransfer.transports.choose import choose
+from kvtransfer.transports.choose import connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,14 +124,12 @@ def _connect(reach: Reach, mine: Mine) -> None:
         if route.sender_rank >= len(opened.regions):
             raise TransferError(f"the sender has no rank {route.sender_rank}")
         regions = opened.regions[route.sender_rank]
-        transport, description = choose(
-            mine.memory, [(r.transport, r.description) for r in regions], mine.transports
-        )
-        blocks = next(r.blocks for r in regions if r.transport == transport.name)
-        peer = transport.connect(mine.memory, description, route.unit_bytes)
+        offered = [(r.transport, r.description) for r in regions]
+        name, peer = connect(mine.memory, offered, mine.transports, route.unit_bytes)
+        blocks = next(r.blocks for r in regions if r.transport == name)
         bound = route.bound(mine.memory.segments[0].blocks, blocks)
         reach.peers.append((bound, peer))
-        reach.transport = transport.name
+        reach.transport = name
         reach.stride_tokens = route.stride_tokens
         theirs, ours = opened.layout, mine.layout
         reach.same_columns = theirs.groups == ours.groups

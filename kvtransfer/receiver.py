@@ -14,6 +14,7 @@ import zmq
 from kvtransfer.connection import Broken, Connection
 from kvtransfer.core.pulling import Timeouts
 from kvtransfer.orders import Mine, Order, Pulled
+from kvtransfer.transports import device
 from kvtransfer.wakeups import Wakeup
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Receiver:
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
+        device.use(self._mine.memory.device)
         while not self._closing:
             self._sleep()
             self._take_inbox()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Units = NDArray[np.int32]
+
+
+UNITS_MAX: Final = (1 << 31) - 1
+"""Units' numbers are 32-bit: 16 TiB of memory in units of 8 KiB."""
 
 
 class TransferError(Exception):
@@ -61,11 +65,18 @@ class Memory:
     """`cpu`, or a torch device such as `cuda:0`."""
 
     def units(self, unit_bytes: int) -> int:
-        """How many there are. Raises `TransferError` where blocks are no whole number of them."""
-        if any(s.block_bytes % unit_bytes for s in self.segments):
+        """How many there are. Raises `TransferError` where blocks are no whole number of them,
+        and where there are more than `UNITS_MAX`."""
+        if unit_bytes < 1 or any(s.block_bytes % unit_bytes for s in self.segments):
             sizes = sorted({s.block_bytes for s in self.segments})
             raise TransferError(f"blocks of {sizes} bytes are no whole units of {unit_bytes}")
-        return sum(s.blocks * (s.block_bytes // unit_bytes) for s in self.segments)
+        units = sum(s.blocks * (s.block_bytes // unit_bytes) for s in self.segments)
+        if units > UNITS_MAX:
+            raise TransferError(
+                f"this memory has {units} units of {unit_bytes} bytes, and {UNITS_MAX} can be "
+                "numbered"
+            )
+        return units
 
     def addresses(self, unit_bytes: int) -> NDArray[np.int64]:
         """Where each unit starts; shape (units,)."""
@@ -142,10 +153,10 @@ class Transport(Protocol):
         """Make it readable. Raises `TransferError`."""
 
     def reaches(self, description: bytes) -> bool:
-        """Whether it is fit to read what the description describes, from this process.
+        """Whether it may be fit to read what the description describes, from this process.
 
-        `ucx`, say, answers no where two hosts share neither memory nor RDMA: sockets of our own
-        are faster there.
+        `ucx`, say, answers no where two hosts have neither memory in common nor RDMA devices:
+        sockets of our own are faster there. A yes is a reason to try: `connect` proves it.
         """
 
     def connect(self, memory: Memory, description: bytes, unit_bytes: int) -> Peer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Final
 
 from kvtransfer.transports.api import Memory, TransferError, Transport
@@ -10,12 +11,15 @@ from kvtransfer.transports.api import Memory, TransferError, Transport
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvtransfer.transports.api import Peer
     from kvtransfer.transports.memory import MemoryTransport
     from kvtransfer.transports.tcp import TcpTransport
     from kvtransfer.transports.ucx import UcxTransport
 
     # Here mypy sees that they are what they are taken for.
     _KINDS: tuple[type[Transport], ...] = (UcxTransport, TcpTransport, MemoryTransport)
+
+log = logging.getLogger(__name__)
 
 PREFERRED: Final = ("ucx", "tcp", "collective")
 """Best first."""
@@ -63,22 +67,52 @@ def available(
     return able, reasons
 
 
-def choose(
+def candidates(
     memory: Memory, offered: Sequence[tuple[str, bytes]], ours: Sequence[Transport]
-) -> tuple[Transport, bytes]:
-    """The first of ours that the sender offers and that reaches it, with its description there.
+) -> list[tuple[Transport, bytes]]:
+    """Those of ours that the sender offers and that may reach it, with its descriptions, in order.
 
-    Raises `TransferError`, which names both sides' transports.
+    Raises `TransferError` where there is none, which names both sides' transports.
     """
     descriptions = dict(offered)
+    found = []
     for transport in ours:
         description = descriptions.get(transport.name)
         if description is None or transport.missing(memory) is not None:
             continue
         if transport.reaches(description):
-            return transport, description
+            found.append((transport, description))
+    if found:
+        return found
     theirs = ", ".join(name for name, _ in offered) or "none"
     own = ", ".join(t.name for t in ours) or "none"
     raise TransferError(
         f"no transport reaches the sender: it offers {theirs}, the receiver has {own}"
     )
+
+
+def connect(
+    memory: Memory,
+    offered: Sequence[tuple[str, bytes]],
+    ours: Sequence[Transport],
+    unit_bytes: int,
+) -> tuple[str, Peer]:
+    """Connect by the first that can, in the order of `candidates`; its name, and the peer.
+
+    One that may reach the sender and can't is told in the log, once for each attempt to connect.
+    Raises `TransferError` when none can, with each one's reason.
+    """
+    reasons: list[str] = []
+    for transport, description in candidates(memory, offered, ours):
+        try:
+            peer = transport.connect(memory, description, unit_bytes)
+        except TransferError as error:
+            reasons.append(f"{transport.name}: {error}")
+            continue
+        if reasons:
+            log.warning(
+                "KV transport passed over",
+                extra={"taken": transport.name, "reasons": reasons},
+            )
+        return transport.name, peer
+    raise TransferError("; ".join(reasons))

@@ -22,6 +22,7 @@ import numpy as np
 
 from kvtransfer.protocol import MALFORMED
 from kvtransfer.transports import collective_wire as wire
+from kvtransfer.transports import device
 from kvtransfer.transports.api import Abilities, Memory, Progress, TransferError
 from kvtransfer.transports.collective_offer import CollectiveOffer, Description
 from kvtransfer.transports.pieces import Pieces
@@ -66,7 +67,8 @@ class CollectiveTransport:
             raise TransferError(
                 f"the sender sends by {theirs.backend}, this reader reads by {ours}"
             )
-        return CollectivePeer(memory, theirs, unit_bytes)
+        with device.on(memory.device):
+            return CollectivePeer(memory, theirs, unit_bytes)
 
     def _backend_for(self, memory: Memory) -> str:
         return self._backend or ("nccl" if memory.device.startswith("cuda") else "gloo")
@@ -114,7 +116,7 @@ class CollectivePeer:
         self._tag = wire.WARM_TAG
         self._todo: deque[_Chunk] = deque()
         self._under_way: dict[int, tuple[_Chunk, int]] = {}  # By tag: the chunk, its slot.
-        self._waiter = _Waiter(self._lane)
+        self._waiter = _Waiter(self._lane, memory.device)
 
     # ------------------------------------------------------------ the interface
 
@@ -265,13 +267,13 @@ class CollectivePeer:
 class _Waiter:
     """A thread that waits for chunks, since gloo says of none whether it has come without it."""
 
-    def __init__(self, lane: wire.Lane) -> None:
+    def __init__(self, lane: wire.Lane, on: str) -> None:
         self.readable, self._signal = os.pipe()
         os.set_blocking(self.readable, False)
         os.set_blocking(self._signal, False)
         self._expected: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         self._arrived: deque[tuple[int, str | None]] = deque()
-        threading.Thread(target=self._run, args=(lane,), name="kv-arrivals", daemon=True).start()
+        threading.Thread(target=self._run, args=(lane, on), name="kv-arrivals", daemon=True).start()
 
     def expect(self, tag: int, work: Any) -> None:
         self._expected.put((tag, work))
@@ -290,7 +292,8 @@ class _Waiter:
         self._expected.put(None)
         os.close(self.readable)
 
-    def _run(self, lane: wire.Lane) -> None:
+    def _run(self, lane: wire.Lane, on: str) -> None:
+        device.use(on)
         try:
             while (item := self._expected.get()) is not None:
                 tag, work = item

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from kvtransfer.transports import collective_wire as wire
+from kvtransfer.transports import device
 from kvtransfer.transports.api import Segment, TransferError
 from kvtransfer.transports.pieces import Pieces
 
@@ -91,6 +92,7 @@ class CollectiveOffer:
                 thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
+        device.use(self._memory.device)
         try:
             _Reader(self, connection).run()
         except TransferError as error:

@@ -11,6 +11,7 @@ import msgspec
 
 from kvtransfer.protocol import MALFORMED
 from kvtransfer.transports.api import TransferError
+from kvtransfer.transports.device import settle
 
 if TYPE_CHECKING:
     import socket
@@ -71,7 +72,9 @@ def slots(unit_bytes: int, device: str) -> list[Any]:
     import torch
 
     size = units_per_slot(unit_bytes) * unit_bytes
-    return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+    found = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+    settle(device)  # They are used on other streams than what was freed here may still be.
+    return found
 
 
 # ---------------------------------------------------------------- frames

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import secrets
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
@@ -49,20 +47,6 @@ def _any_in(folder: str) -> bool:
         return bool(os.listdir(folder))
     except OSError:
         return False
-
-
-class Cookie:
-    """Random bytes in this process's memory: who can read them here can read the rest."""
-
-    BYTES: Final = 16
-
-    def __init__(self) -> None:
-        self.value = secrets.token_bytes(self.BYTES)
-        self._kept = ctypes.create_string_buffer(self.value, self.BYTES)
-        self.address = ctypes.addressof(self._kept)
-
-    def content(self) -> bytes:
-        return self._kept.raw
 
 
 def can_read(pid: int, address: int, value: bytes) -> bool:

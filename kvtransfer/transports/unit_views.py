@@ -25,11 +25,14 @@ class Views:
     """Units of one memory, by their numbers, in as few pieces as they lie in."""
 
     def __init__(self, memory: Memory, unit_bytes: int) -> None:
-        """Raises `TransferError` where blocks are no whole number of units."""
+        """Raises `TransferError` where blocks are no whole number of units, or too many."""
         self.unit_bytes = unit_bytes
-        self.units = memory.units(unit_bytes) if unit_bytes > 0 else UNITS_MAX + 1
+        self.units = memory.units(unit_bytes)
         if self.units > UNITS_MAX:
-            raise TransferError(f"units of {unit_bytes} bytes are too small for this memory")
+            raise TransferError(
+                f"this memory has {self.units} units of {unit_bytes} bytes, and views are kept of "
+                f"{UNITS_MAX} at most"
+            )
         self._base = min((s.base for s in memory.segments), default=0)
         end = max((s.base + span_bytes(s) for s in memory.segments), default=0)
         self._offsets = memory.addresses(unit_bytes) - self._base

@@ -15,6 +15,7 @@ import pytest
 
 from kvtransfer.transports import tcp_wire as wire
 from kvtransfer.transports.api import TransferError
+from kvtransfer.transports.ucx import UcxDescription
 from tests.contract.transport_rig import Pair, Shape, Subject, pairs_of
 
 if TYPE_CHECKING:
@@ -27,14 +28,19 @@ SUBJECTS = {
     "ucx": Subject("ucx:UcxTransport", stalls=False),
     "collective": Subject("collective:CollectiveTransport"),
     "ucx-over-tcp": Subject("ucx:UcxTransport", {"tls": "tcp", "reaches": True}),
+    # As on devices: one agent for all peers of a process.
+    "ucx-shared": Subject("ucx:UcxTransport", {"shared": True}, stalls=False),
+    "ucx-shared-over-tcp": Subject(
+        "ucx:UcxTransport", {"shared": True, "tls": "tcp", "reaches": True}
+    ),
 }
 STALLING = [name for name, subject in SUBJECTS.items() if subject.stalls]
 # NIXL's own thread moves a read on when nobody polls: the fence alone keeps its bytes out.
 WITH_THREAD = Subject("ucx:UcxTransport", {"tls": "tcp", "progress_thread": True})
 # UCX's own TCP ends a sender's process ("Fatal: unexpected error: Endpoint timeout", SIGABRT)
-# when a reader fences in mid-read: six times of six. So `UcxTransport.reaches` says no where it
-# would be used, and of it only what a reader must be sure of is tested.
-SURVIVING = [name for name in STALLING if name != "ucx-over-tcp"]
+# when a reader fences in mid-read: six times of six. So a `UcxTransport` takes no path that leads
+# over it, unless told, and of it only what a reader must be sure of is tested.
+SURVIVING = [name for name in STALLING if "ucx" not in name]
 SEED = 1
 SMALL = Shape()
 UNIT = SMALL.block_bytes
@@ -308,6 +314,96 @@ def ends_without_bytes(pair: Pair, within_s: float) -> bool:
 # ------------------------------------------------------------ of one transport
 
 
+PROVING = {
+    "ucx": {"tls": None},
+    "ucx-shared": {"tls": None, "shared": True},
+    "ucx-over-tcp": {"tls": "tcp"},
+    "ucx-shared-over-tcp": {"tls": "tcp", "shared": True},
+}
+
+
+@pytest.fixture(params=PROVING)
+def proving(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """A pair whose reader takes nobody's word for the path between them."""
+    for running in pairs_of(Subject("ucx:UcxTransport", PROVING[request.param])):
+        running.hold(SMALL, SMALL)
+        yield running
+
+
+@pytest.mark.parametrize("proving", ["ucx", "ucx-shared"], indirect=True)
+def test_ucx_takes_a_path_on_which_reads_need_nothing_of_the_sender(proving: Pair) -> None:
+    proving.connect(UNIT)
+    read(proving, EVERY, EVERY)
+
+
+@pytest.mark.parametrize("proving", ["ucx-over-tcp", "ucx-shared-over-tcp"], indirect=True)
+def test_ucx_refuses_a_path_on_which_each_read_waits_for_the_sender(proving: Pair) -> None:
+    with pytest.raises(TransferError, match="wait for the sender's thread"):
+        proving.connect(UNIT)
+    proving.sender.stop()
+    began = time.monotonic()
+    with pytest.raises(TransferError, match="no answer"):
+        proving.connect(UNIT)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("proving", ["ucx", "ucx-shared"], indirect=True)
+@pytest.mark.parametrize("lie", ["cookie", "cookie_address", "name", "segments"])
+def test_ucx_refuses_a_sender_that_is_not_as_its_description_says(proving: Pair, lie: str) -> None:
+    theirs = msgspec.msgpack.decode(proving.description, type=UcxDescription)
+    first = theirs.segments[0]
+    wrong: dict[str, Any] = {
+        "cookie": os.urandom(16),
+        "cookie_address": first.base,
+        "name": "another",
+        "segments": (msgspec.structs.replace(first, base=first.base + (1 << 40)),),
+    }
+    told = msgspec.structs.replace(theirs, **{lie: wrong[lie]})
+    before = proving.reader.ask("content")
+    with pytest.raises(TransferError):
+        proving.reader.ask("connect", "peer", msgspec.msgpack.encode(told), UNIT)
+    assert np.array_equal(proving.reader.ask("content"), before)
+    proving.connect(UNIT)
+    read(proving, EVERY, EVERY)
+
+
+@pytest.mark.parametrize("proving", ["ucx-shared"], indirect=True)
+def test_a_peer_that_leaves_between_its_reads_disturbs_none_that_shares_its_agent(
+    proving: Pair,
+) -> None:
+    for name in ("peer", "other", "third"):
+        proving.connect(UNIT, name)
+        read(proving, [0], [0], name)
+    proving.reader.ask("fence", "peer")
+    with pytest.raises(TransferError, match="fenced"):
+        proving.reader.ask("read", "peer", "handle", [0], [0])
+    read(proving, EVERY, EVERY, "other")
+    proving.reader.ask("fence", "other")
+    proving.connect(UNIT, "late")
+    for name in ("third", "late"):
+        read(proving, EVERY, EVERY, name)
+
+
+@pytest.mark.parametrize("stalling", ["ucx-shared-over-tcp"], indirect=True)
+def test_a_fence_in_mid_read_fails_all_that_share_the_agent_and_the_next_have_a_new_one(
+    stalling: Pair,
+) -> None:
+    stalling.connect(UNIT, "other")
+    read(stalling, [0], [0], "other")
+    stalling.sender.stop()
+    half = len(EVERY) // 2
+    stalling.reader.ask("read", "peer", "fenced", EVERY[1:half], EVERY[1:half])
+    stalling.reader.ask("read", "other", "lost", EVERY[half:], EVERY[half:])
+    stalling.reader.ask("fence", "peer")
+    before = stalling.reader.ask("content")
+    for name, handle in (("peer", "fenced"), ("other", "lost")):
+        assert stalling.reader.ask("poll", name, handle) == "failed"
+    with pytest.raises(TransferError, match="was fenced while it was under way"):
+        stalling.reader.ask("read", "other", "again", [0], [0])
+    stalling.sender.kill()
+    assert np.array_equal(stalling.reader.ask("content"), before)
+
+
 @pytest.mark.parametrize("mortal", ["ucx"], indirect=True)
 def test_a_waiting_ucx_sender_leaves_its_core_to_the_engine(mortal: Pair) -> None:
     assert mortal.sender.ask("processor_share", 1) < 0.25
@@ -403,7 +499,3 @@ def until_closed(connection: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return got
-
-
-@pytest.mark.skip(reason="there is no CUDA device on these machines: ucx over VRAM has not run")
-def test_ucx_reads_device_memory() -> None: ...

@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 from kvtransfer.transports import place
 from kvtransfer.transports import tcp_wire as wire
 from kvtransfer.transports.api import Memory, Segment, TransferError
-from kvtransfer.transports.choose import available, choose, load
+from kvtransfer.transports.choose import available, candidates, connect, load
 from kvtransfer.transports.memory import MemoryTransport
+from kvtransfer.transports.spans import spans
 from kvtransfer.transports.tcp import TcpTransport
+from kvtransfer.transports.ucx_agents import Options, rows, settings
+from kvtransfer.transports.ucx_proof import Cookie
 from kvtransfer.transports.unit_views import Views, advance, numbers_of, runs_of
+from kvtransfer.views import span_bytes
 
 if TYPE_CHECKING:
     import random
@@ -87,6 +91,87 @@ def test_units_that_no_memory_can_be_counted_in_are_refused(unit_bytes: int) -> 
         Views(memory, unit_bytes)
 
 
+LARGE = 139 << 30
+
+
+def test_a_whole_gpus_memory_is_counted_in_small_units_and_listed_in_few_rows() -> None:
+    layers, unit = 64, 8 << 10
+    block = 32 * unit
+    blocks = LARGE // layers // block
+    apart = [Segment(i * blocks * block, block, block, blocks) for i in range(layers)]
+    outermost = [Segment(i * block, layers * block, block, blocks) for i in range(layers)]
+    for segments, per_layer in ((apart, 1), (outermost, blocks)):
+        memory = Memory(tuple(segments), "cuda:0")
+        assert memory.units(unit) == layers * blocks * 32
+        table = rows(memory, unit)
+        assert len(table) == layers * per_layer
+        assert int(table[:, 4].sum()) == memory.units(unit)
+
+
+def test_more_units_than_can_be_numbered_or_listed_are_refused_with_both_figures() -> None:
+    huge = Memory((Segment(0, 1 << 20, 1 << 20, 1 << 22),))
+    with pytest.raises(TransferError, match=r"4294967296 units of 1024 bytes.* 2147483647"):
+        huge.units(1024)
+    gaps = Memory((Segment(0, 96, 64, 5 << 20),))
+    with pytest.raises(TransferError, match=r"5242880 rows or more for units of 32.* 4194304"):
+        rows(gaps, 32)
+    with pytest.raises(TransferError, match=r"20971520 units of 16 bytes.* 16777216"):
+        Views(gaps, 16)
+
+
+@given(st.lists(SEGMENTS, min_size=1, max_size=4))
+def test_rows_expand_to_every_unit_in_order(segments: list[Segment]) -> None:
+    memory = Memory(tuple(segments))
+    expanded = [
+        int(start + i * stride)
+        for start, _, _, stride, count in rows(memory, UNIT)
+        for i in range(int(count))
+    ]
+    assert expanded == memory.addresses(UNIT).tolist()
+
+
+# ------------------------------------------------------------ spans
+
+NEAR = st.builds(
+    lambda base, blocks, pieces, gap: Segment(base, pieces * UNIT + gap, pieces * UNIT, blocks),
+    st.integers(0, 400), st.integers(1, 5), st.integers(1, 3), st.integers(0, 60),
+)  # fmt: skip
+
+
+@given(st.lists(NEAR, min_size=1, max_size=6), st.sampled_from(["cpu", "cuda:1"]))
+def test_spans_hold_each_segments_bytes_once_and_nothing_beside_them(
+    segments: list[Segment], on: str
+) -> None:
+    found = spans(Memory(tuple(segments), on))
+    covered = [byte for low, size in found for byte in range(low, low + size)]
+    assert len(covered) == len(set(covered)), "no byte is in two of them"
+    wanted = {b for s in segments for b in range(s.base, s.base + span_bytes(s))}
+    assert set(covered) == wanted
+    for s in segments:  # What is registered as one must be whole: a unit lies in one of them.
+        assert any(low <= s.base and s.base + span_bytes(s) <= low + n for low, n in found)
+
+
+def test_layers_that_interleave_or_share_their_bytes_are_one_span_and_neighbours_on_the_host() -> (
+    None
+):
+    interleaved = tuple(Segment(4096 + 64 * layer, 256, 64, 10) for layer in range(4))
+    beside = (Segment(4096, 64, 64, 10), Segment(4096 + 640, 64, 64, 10))
+    assert spans(Memory(interleaved + interleaved, "cuda:0")) == [(4096, 2560)]
+    assert spans(Memory(beside)) == [(4096, 1280)]
+    # On a device they may be two allocations, which no registration can span.
+    assert spans(Memory(beside, "cuda:0")) == [(4096, 640), (4096 + 640, 640)]
+
+
+def test_ucx_is_told_to_read_by_cuda_ipc_on_devices_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert settings(CPU, Options()) == {"CMA_SEG_SIZE": "8m"}
+    assert settings(CUDA, Options(tls="rc"))["CUDA_IPC_ENABLE_GET_ZCOPY"] == "on"
+    assert settings(CUDA, Options(tls="rc"))["TLS"] == "rc"
+    monkeypatch.setenv("UCX_CUDA_IPC_ENABLE_GET_ZCOPY", "off")
+    assert "CUDA_IPC_ENABLE_GET_ZCOPY" not in settings(CUDA, Options())
+
+
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.randoms())
 def test_pieces_advance_by_exactly_what_was_moved(sizes: list[int], rng: random.Random) -> None:
     whole = os.urandom(sum(sizes))
@@ -139,19 +224,22 @@ def test_hello_and_welcome_come_out_as_they_went_in() -> None:
 # ------------------------------------------------------------ which one
 
 CPU = Memory((Segment(4096, 16, 16, 1),))
+_held = np.zeros(16, dtype=np.uint8)
+HELD = Memory((Segment(_held.ctypes.data, 16, 16, 1),))
 CUDA = Memory((Segment(4096, 16, 16, 1),), "cuda:0")
 
 
-def test_the_first_of_ours_that_the_sender_offers_and_that_reaches_is_taken() -> None:
+def test_those_of_ours_that_the_sender_offers_and_that_reach_are_tried_in_our_order() -> None:
     memory, tcp = MemoryTransport(), TcpTransport()
     near, far = memory.offer(CPU), tcp.offer(CPU)
     try:
         offered = [("tcp", far.description), ("memory", near.description)]
-        assert choose(CPU, offered, [memory, tcp]) == (memory, near.description)
-        assert choose(CPU, offered, [tcp, memory]) == (tcp, far.description)
-        assert choose(CPU, offered[:1], [memory, tcp])[0] is tcp
+        both = [(memory, near.description), (tcp, far.description)]
+        assert candidates(CPU, offered, [memory, tcp]) == both
+        assert candidates(CPU, offered, [tcp, memory]) == both[::-1]
+        assert candidates(CPU, offered[:1], [memory, tcp]) == both[1:]
         unreachable = [("memory", b"of another process"), offered[0]]
-        assert choose(CPU, unreachable, [memory, tcp])[0] is tcp
+        assert candidates(CPU, unreachable, [memory, tcp]) == both[1:]
     finally:
         near.close()
         far.close()
@@ -159,9 +247,28 @@ def test_the_first_of_ours_that_the_sender_offers_and_that_reaches_is_taken() ->
 
 def test_where_none_reaches_the_message_names_both_sides() -> None:
     with pytest.raises(TransferError, match=r"offers ucx, memory.*receiver has memory, tcp"):
-        choose(CPU, [("ucx", b""), ("memory", b"")], [MemoryTransport(), TcpTransport()])
+        candidates(CPU, [("ucx", b""), ("memory", b"")], [MemoryTransport(), TcpTransport()])
     with pytest.raises(TransferError, match=r"offers none.*receiver has none"):
-        choose(CPU, [], [])
+        candidates(CPU, [], [])
+
+
+def test_what_can_not_connect_is_passed_over_for_the_next_and_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    memory, tcp = MemoryTransport(), TcpTransport()
+    near, far = memory.offer(HELD), tcp.offer(HELD)
+    near.close()  # It seems to reach still; connecting shows that it does not.
+    offered = [("memory", near.description), ("tcp", far.description)]
+    try:
+        taken, peer = connect(HELD, offered, [memory, tcp], 16)
+        peer.fence()
+        assert taken == "tcp"
+        assert [r.getMessage() for r in caplog.records] == ["KV transport passed over"]
+        assert "memory can't connect" in str(vars(caplog.records[0])["reasons"])
+    finally:
+        far.close()
+    with pytest.raises(TransferError, match=r"memory: .*; tcp: "):
+        connect(HELD, offered, [memory, tcp], 16)
 
 
 def test_what_can_not_serve_this_memory_is_left_out_with_a_reason() -> None:
@@ -191,7 +298,8 @@ def test_a_loopback_address_reaches_only_its_own_machine() -> None:
 
 
 def test_a_process_can_read_its_own_cookie_and_no_other_value_there() -> None:
-    cookie = place.Cookie()
-    assert place.can_read(os.getpid(), cookie.address, cookie.value)
-    assert not place.can_read(os.getpid(), cookie.address, os.urandom(16))
+    cookie = Cookie("cpu")
+    (there,) = cookie.memory.segments
+    assert place.can_read(os.getpid(), there.base, cookie.value)
+    assert not place.can_read(os.getpid(), there.base, os.urandom(16))
     assert not place.can_read(os.getpid(), 8, cookie.value)
