@@ -7,22 +7,27 @@ accidents, not against a peer that lies: the seed is no secret.
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 from xxhash import xxh3_64_intdigest
 
 from kvtransfer import views
+from kvtransfer.device_pieces import DevicePieces
 from kvtransfer.protocol import NULL_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from kvtransfer.device_pieces import Copy
     from kvtransfer.transports.api import Memory
 
 LAYERS_SAMPLED: Final = 2
-HOST_BYTES_MAX: Final = 16 << 20
-"""Of device memory, copied to the host at a time."""
+POLL_S: Final = 0.0002
+"""Between two looks at a copy from a device."""
 
 
 class Mode(Enum):
@@ -38,35 +43,110 @@ class Mode(Enum):
     FULL = "full"
 
 
-def sums(
-    memory: Memory,
-    slots: Sequence[Sequence[int]],
-    columns: Sequence[Sequence[int]],
-    mode: Mode,
-    seed: bytes,
-    *,
-    first: int = 0,
-) -> list[int]:
-    """One number a column, `columns` in prompt order from its column `first`; none when OFF.
+class Checksums:
+    """Of one memory, for one thread. Nothing here makes an engine's step wait."""
 
-    `slots`: the segments that each block of a column is in (`Layout.slots`). Null blocks are left
-    out. `seed` and a block's place in the prompt decide which layers are sampled, so both sides
-    must pass the same ones. Blocks must exist.
-    """
-    if mode is Mode.OFF:
-        return []
-    found = [0] * len(columns)
-    for slot, segments in enumerate(slots):
-        held = [c for c, column in enumerate(columns) if column[slot] != NULL_BLOCK]
-        places = [(first + c) * len(slots) + slot for c in held]
-        for number, at in zip(segments, _sampled(places, len(segments), mode, seed), strict=True):
-            segment = memory.segments[number]
-            here = [held[i] for i in at]
-            starts = [segment.base + columns[c][slot] * segment.stride for c in here]
-            pieces = _pieces(memory.device, starts, segment.block_bytes)
-            for c, piece in zip(here, pieces, strict=True):
-                found[c] = xxh3_64_intdigest(piece, found[c])
-    return found
+    def __init__(self, memory: Memory, slots: Sequence[Sequence[int]], mode: Mode) -> None:
+        """`slots`: the segments that each block of a column is in (`Layout.slots`)."""
+        self._memory, self._slots, self._mode = memory, slots, mode
+        self._copies = None if memory.device == "cpu" else DevicePieces(memory)
+
+    def begin(
+        self, columns: Sequence[Sequence[int]], seed: bytes, first: int, mode: Mode | None = None
+    ) -> Batch:
+        """Of these columns, in prompt order from its column `first`: blocks that are written.
+
+        Null blocks are left out. `seed` and a block's place in the prompt decide which layers are
+        sampled, so both sides must pass the same ones. Blocks must exist. `mode`: the other side's,
+        instead of our own.
+        """
+        mode = mode or self._mode
+        batch = Batch(self._copies, [] if mode is Mode.OFF else [0] * len(columns))
+        if mode is Mode.OFF:
+            return batch
+        for slot, segments in enumerate(self._slots):
+            held = [c for c, column in enumerate(columns) if column[slot] != NULL_BLOCK]
+            places = [(first + c) * len(self._slots) + slot for c in held]
+            sampled = _sampled(places, len(segments), mode, seed)
+            for segment, at in zip(segments, sampled, strict=True):
+                here = [held[i] for i in at]
+                batch.add(segment, here, [columns[c][slot] for c in here])
+        if self._copies is None:
+            batch.hash_host(self._memory)
+        return batch
+
+    def of(
+        self, columns: Sequence[Sequence[int]], seed: bytes, first: int, mode: Mode | None = None
+    ) -> list[int]:
+        """One number a column, none at all when OFF. Waits for what is copied from a device."""
+        batch = self.begin(columns, seed, first, mode)
+        while not batch.ready():
+            time.sleep(POLL_S)
+        return batch.sums
+
+
+class Batch:
+    """Checksums that are being computed."""
+
+    def __init__(self, copies: DevicePieces | None, sums: list[int]) -> None:
+        self.sums = sums
+        """By column; right once `ready`."""
+        self._copies = copies
+        self._todo: deque[_Part] = deque()
+        self._copying: deque[tuple[_Part, Copy]] = deque()
+
+    def add(self, segment: int, columns: list[int], blocks: list[int]) -> None:
+        """The blocks of one segment, in the columns of these numbers."""
+        if blocks:
+            self._todo.append(_Part(segment, columns, blocks))
+
+    def hash_host(self, memory: Memory) -> None:
+        """All of it now: host memory is hashed where it lies."""
+        while self._todo:
+            part = self._todo.popleft()
+            segment = memory.segments[part.segment]
+            starts = [segment.base + block * segment.stride for block in part.blocks]
+            self._hash(part, _pieces(starts, segment.block_bytes))
+
+    def ready(self) -> bool:
+        """Move on, without waiting; whether nothing is left to do."""
+        if self._copies is None:
+            return True
+        # What was copied is a view, good until the next copy begins: it is hashed before.
+        while self._copying and self._copying[0][1].ready():
+            part, copy = self._copying.popleft()
+            (rows,) = copy.take()
+            self._hash(part, rows)
+        while self._todo:
+            part, rest = self._todo[0].cut(self._copies.blocks_at_once(self._todo[0].segment))
+            begun = self._copies.start([(part.segment, part.blocks)])
+            if begun is None:
+                break
+            self._todo.popleft()
+            if rest is not None:
+                self._todo.appendleft(rest)
+            self._copying.append((part, begun))
+        return not self._copying and not self._todo
+
+    def _hash(self, part: _Part, pieces: Iterable[Any]) -> None:
+        for column, piece in zip(part.columns, pieces, strict=True):
+            self.sums[column] = xxh3_64_intdigest(piece, self.sums[column])
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    segment: int
+    columns: list[int]
+    blocks: list[int]
+
+    def cut(self, count: int) -> tuple[_Part, _Part | None]:
+        """The first `count` blocks, and the others."""
+        if len(self.blocks) <= count:
+            return self, None
+        return (
+            _Part(self.segment, self.columns[:count], self.blocks[:count]),
+            _Part(self.segment, self.columns[count:], self.blocks[count:]),
+        )
 
 
 def sampled_layers(place: int, layers: int, seed: bytes) -> list[int]:
@@ -90,23 +170,9 @@ def _sampled(places: list[int], layers: int, mode: Mode, seed: bytes) -> list[Se
     return list(found)
 
 
-def _pieces(device: str, starts: list[int], size: int) -> Iterable[Any]:
-    """The bytes at these addresses, on the host: copied there only from a device."""
-    if not starts:
-        return []
+def _pieces(starts: list[int], size: int) -> Iterable[Any]:
+    """The bytes of host memory at these addresses."""
     low = min(starts)
-    span = max(starts) - low + size
-    if device == "cpu":
-        # One view from the first piece to the last; what lies between is not touched.
-        whole = views.array(low, span).data
-        return (whole[start - low : start - low + size] for start in starts)
-    return _from_device(device, starts, size)
-
-
-def _from_device(device: str, starts: list[int], size: int) -> Iterable[Any]:
-    import torch
-
-    at_once = max(1, HOST_BYTES_MAX // size)
-    for i in range(0, len(starts), at_once):
-        group = [views.tensor(device, start, size) for start in starts[i : i + at_once]]
-        yield from torch.stack(group).cpu().numpy()
+    # One view from the first piece to the last; what lies between is not touched.
+    whole = views.array(low, max(starts) - low + size).data
+    return (whole[start - low : start - low + size] for start in starts)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import zmq
 
-from kvtransfer import checksums
+from kvtransfer.checksums import Mode
 from kvtransfer.connecting import Connecting
 from kvtransfer.core.geometry import Unlike
 from kvtransfer.core.pulling import (
@@ -301,9 +301,8 @@ class Connection:
             return []
         at = flight.strides
         columns = running.order.local_blocks[at.start : at.stop]
-        mode, seed = checksums.Mode(self._reach.opened.checksums), running.order.handle.encode()
-        slots = self._mine.layout.slots
-        return checksums.sums(self._mine.memory, slots, columns, mode, seed, first=at.start)
+        mode, seed = Mode(self._reach.opened.checksums), running.order.handle.encode()
+        return self._mine.checksums.of(columns, seed, at.start, mode)
 
     def _count(self, running: _Running, now: float) -> None:
         began = running.busy_since

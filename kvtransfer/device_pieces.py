@@ -95,6 +95,10 @@ class DevicePieces:
             slot.fetch(total)
         return Copy(slot, parts)
 
+    def blocks_at_once(self, segment: int) -> int:
+        """How many of a segment's blocks one batch may have."""
+        return self.slot_bytes // self._memory.segments[segment].block_bytes
+
     def _free_slot(self) -> _Slot | None:
         for slot in self._slots:
             if slot.taken:

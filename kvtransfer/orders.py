@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from kvtransfer.checksums import Checksums, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +22,13 @@ class Mine:
     layout: Layout
     rank: int
     transports: Sequence[Transport]
+    checksums: Checksums = field(init=False)
+    """The receiver thread's."""
+
+    def __post_init__(self) -> None:
+        # Frozen: this is how a dataclass sets what it derives.
+        made = Checksums(self.memory, self.layout.slots, Mode.OFF)
+        object.__setattr__(self, "checksums", made)
 
 
 @dataclass(frozen=True, slots=True)

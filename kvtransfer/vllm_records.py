@@ -37,7 +37,7 @@ class Computed:
     block_ids: list[list[int]]
     """By column."""
     sums: dict[int, list[int]] = field(default_factory=dict)
-    """By rank, one a column; set by the worker halves, after the step."""
+    """By rank, one a column or none at all; set by a worker half once its device is done."""
 
 
 @dataclass
@@ -59,15 +59,14 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """Worker to scheduler, after each step that has something to tell."""
 
     computed: list[Computed] = field(default_factory=list)
-    """The same for all ranks, but for the checksums."""
+    """By rank, what is over on its device, each with that rank's checksums."""
     first_tokens: dict[str, int] = field(default_factory=dict)
     """By request: the token that the sender sampled for the client."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, StepReport)
-        for mine, theirs in zip(self.computed, other.computed, strict=True):
-            mine.sums.update(theirs.sums)
-        return StepReport(self.computed, {**self.first_tokens, **other.first_tokens})
+        computed = [*self.computed, *other.computed]
+        return StepReport(computed, {**self.first_tokens, **other.first_tokens})
 
 
 class HandoffStats(KVConnectorStats):  # type: ignore[misc]

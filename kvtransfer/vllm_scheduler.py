@@ -77,7 +77,9 @@ class SchedulerHalf:
         self._groups, self._columns = groups, Columns(groups)
         self._step_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
         self._facts: WorkerFacts | None = None
-        self._block_bytes = 0
+        self._block_bytes = self._ranks = 0
+        self._announcing: dict[tuple[str, int, int], Computed] = {}
+        """By handle, generation and first column: what some ranks have told, and not all."""
         self._blocks: KVCacheManager | None = None
         self._sender: Sender | None = None
         self._releases = ReleaseClient()
@@ -98,7 +100,7 @@ class SchedulerHalf:
         """The worker halves have registered their memory: receivers may come."""
         ranks = [facts[rank] for rank in sorted(facts)]
         self._facts = ranks[0]
-        self._block_bytes = sum(f.block_bytes for f in ranks)
+        self._block_bytes, self._ranks = sum(f.block_bytes for f in ranks), len(ranks)
         offered = Offered(ranks[0].layout, self._checksums, [f.regions for f in ranks])
         self._sender = Sender(self._host, self._epoch, self._lease_s, offered)
 
@@ -299,7 +301,7 @@ class SchedulerHalf:
         report = output.kv_connector_worker_meta
         if isinstance(report, StepReport):
             by_handle = {p.handle: p for p in self._produced.values()}
-            for done in report.computed:
+            for done in filter(None, map(self._known_of_all, report.computed)):
                 assert self._sender is not None
                 sums = [
                     list(s) for s in zip(*(done.sums[r] for r in sorted(done.sums)), strict=True)
@@ -313,6 +315,15 @@ class SchedulerHalf:
             token = self._first_tokens.pop(request_id, None)
             if request is not None and token is not None:
                 self._adopt(request, token)
+
+    def _known_of_all(self, done: Computed) -> Computed | None:
+        """The same columns with every rank's checksums, once the last rank has told its own."""
+        key = done.handle, done.generation, done.first
+        known = self._announcing.setdefault(key, done)
+        known.sums.update(done.sums)
+        if len(known.sums) < self._ranks:
+            return None
+        return self._announcing.pop(key)
 
     def _cache_changes(self) -> list[list[Any]]:
         """Taken before vLLM would publish them, and so with the very step that they are of."""

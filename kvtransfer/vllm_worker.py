@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from kvtransfer import checksums, huge_pages
+from kvtransfer import huge_pages
+from kvtransfer.checksums import Checksums, Mode
 from kvtransfer.orders import Mine, Order
 from kvtransfer.protocol import Region
 from kvtransfer.receiver import Receiver, Timeouts
 from kvtransfer.refusal import Unserved
+from kvtransfer.step_events import StepEvents
 from kvtransfer.transports.choose import PREFERRED, available
 from kvtransfer.vllm_memory import place
 from kvtransfer.vllm_records import HandoffStats, StepPlan, StepReport, WorkerFacts, account
@@ -21,8 +24,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from kvtransfer.protocol import Layout
-    from kvtransfer.transports.api import Memory, Offer
+    from kvtransfer.checksums import Batch
+    from kvtransfer.transports.api import Offer
+    from kvtransfer.vllm_records import Computed
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +46,11 @@ class WorkerHalf:
         )
         self._names: list[str] = [n for n in extra("transports", "").split(",") if n]
         self._host: str = extra("host", "127.0.0.1")
-        self._mode = checksums.Mode(extra("checksums", "sampled"))
+        self._mode = Mode(extra("checksums", "sampled"))
         self.facts: WorkerFacts | None = None
-        self._memory: Memory | None = None
-        self._layout: Layout | None = None
+        self._steps: StepEvents[list[Computed]] | None = None
+        self._checksums: Checksums | None = None
+        self._hashing: deque[tuple[Computed, Batch]] = deque()
         self._receiver: Receiver | None = None
         self._offers: list[Offer] = []
         self._plan = StepPlan()
@@ -60,7 +65,7 @@ class WorkerHalf:
         Raises `Unserved` when it can't be handed off, or no transport can serve it.
         """
         placed = place(kv_caches, self._cache, self._config)
-        self._memory, self._layout = memory, layout = placed.memory, placed.layout
+        memory, layout = placed.memory, placed.layout
         log.info("KV memory", extra={"huge_bytes": huge_pages.advise(memory)})
         transports, missing = available(memory, self._names or PREFERRED, host=self._host)
         if not transports:
@@ -75,6 +80,8 @@ class WorkerHalf:
             regions.append(Region(transport.name, offer.description, blocks))
         block_bytes = sum(layout.segments[n] for group in layout.groups for n in group.segments)
         self.facts = WorkerFacts(layout, regions, block_bytes)
+        self._steps = StepEvents(memory.device)
+        self._checksums = Checksums(memory, layout.slots, self._mode)
         self._receiver = Receiver(Mine(memory, layout, self._rank, transports), self._timeouts)
 
     # ------------------------------------------------------------ a step
@@ -110,24 +117,29 @@ class WorkerHalf:
         return results
 
     def report(self) -> StepReport | None:
-        """After the step: what it computed, with checksums, and first tokens that have come."""
+        """After the step: what is over on the device, with checksums, and first tokens that came.
+
+        Nothing here waits for the device: what a step computed may be told some steps later.
+        """
+        assert self._steps is not None
+        assert self._checksums is not None
         computed, tokens = self._plan.computed, self._first_tokens
         self._plan = StepPlan()
-        if not computed and not tokens:
+        if computed:
+            self._steps.record(computed)
+        for step in self._steps.over():
+            for done in step:
+                batch = self._checksums.begin(done.block_ids, done.handle.encode(), done.first)
+                self._hashing.append((done, batch))
+        told = []
+        while self._hashing and self._hashing[0][1].ready():
+            done, batch = self._hashing.popleft()
+            done.sums[self._rank] = batch.sums
+            told.append(done)
+        if not told and not tokens:
             return None
         self._first_tokens = {}
-        assert self._memory is not None
-        assert self._layout is not None
-        if self._memory.device != "cpu":
-            _await_device(self._memory.device)
-        if self._mode is not checksums.Mode.OFF:
-            slots = self._layout.slots
-            for done in computed:
-                seed = done.handle.encode()
-                done.sums[self._rank] = checksums.sums(
-                    self._memory, slots, done.block_ids, self._mode, seed, first=done.first
-                )
-        return StepReport(computed, tokens)
+        return StepReport(told, tokens)
 
     def take_stats(self) -> HandoffStats | None:
         if not self._pulls:
@@ -145,10 +157,3 @@ class WorkerHalf:
     def _rank(self) -> int:
         parallel = self._config.parallel_config
         return int(parallel.rank % parallel.tensor_parallel_size)
-
-
-def _await_device(device: str) -> None:
-    """Kernels may still run when a step's call returns; what is announced must be there."""
-    import torch
-
-    torch.cuda.current_stream(device).synchronize()

@@ -105,9 +105,11 @@ class Prefill:
         for kv in self._kv:
             kv.write(produced.prompt, first, new)
         columns, slots = [[block] for block in new], self._sends.cut.layout().slots
-        mode, seed = self._sends.mode, handle.encode()
         by_rank = [
-            checksums.sums(kv.memory, slots, columns, mode, seed, first=first) for kv in self._kv
+            checksums.Checksums(kv.memory, slots, self._sends.mode).of(
+                columns, handle.encode(), first
+            )
+            for kv in self._kv
         ]
         produced.blocks += new
         sums = [list(s) for s in zip(*by_rank, strict=True)]

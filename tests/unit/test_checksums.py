@@ -34,7 +34,8 @@ def over(array: Any) -> Memory:
 
 def sums(kv: Memory, blocks: Iterable[int], mode: Mode, seed: bytes) -> list[int]:
     """Of columns of one block each; `blocks` as they lie in the array."""
-    return checksums.sums(kv, [range(len(kv.segments))], [[b + 1] for b in blocks], mode, seed)
+    found = checksums.Checksums(kv, [range(len(kv.segments))], mode)
+    return found.of([[b + 1] for b in blocks], seed, 0)
 
 
 places = st.tuples(
@@ -103,7 +104,7 @@ SLOTS = [[0, 1], [0, 1], [2, 3, 4]]
 
 
 def column_sum(kv: Memory, column: list[int], mode: Mode = Mode.SAMPLED) -> int:
-    (found,) = checksums.sums(kv, SLOTS, [column], mode, SEED)
+    (found,) = checksums.Checksums(kv, SLOTS, mode).of([column], SEED, 0)
     return found
 
 
