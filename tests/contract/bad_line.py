@@ -11,8 +11,10 @@ import msgspec
 import zmq
 
 from kvtransfer.protocol import (
+    VERSION,
     Blocks,
     Follow,
+    Group,
     Held,
     Open,
     Opened,
@@ -103,10 +105,10 @@ class BadLine:
     def _to_sender(self) -> Any:
         """Well-formed, of the right version and epoch, and senseless."""
         n, some = self._number, self._random.choice(self._handles)
-        cut = Cut(kv_heads=4, block_tokens=n(), ranks=n())
+        layout = self._layout()
         return self._random.choice([
-            Open(n(), 2, cut.layout(), n()),
-            Open(n(), n(), cut.layout(), 0),
+            Open(n(), VERSION, layout, n()),
+            Open(n(), n(), layout, 0),
             Follow(n(), "first", "a stranger's", n(), n()),
             Follow(n(), "first", some, n(), n()),
             Renew(n(), "first", some),
@@ -116,17 +118,26 @@ class BadLine:
 
     def _to_receiver(self) -> Any:
         n, some = self._number, self._random.choice(self._handles)
-        ids = [n() for _ in range(self._random.randrange(3))]
+        ids = [
+            [n() for _ in range(self._random.choice([1, 1, 1, 0, 2]))]
+            for _ in range(self._random.randrange(3))
+        ]
         links = self._random.randbytes(self._random.choice([0, 5, 16, 32]))
-        cut = Cut(kv_heads=n(), block_tokens=n(), ranks=n())
         return self._random.choice([
-            Opened(n(), "first", cut.layout(), 0.6, "off", []),
+            Opened(n(), "first", self._layout(), 0.6, "off", []),
             Held(-5, some),
             Blocks(some, n(), n(), ids, links, []),
             Blocks(some, 0, n(), ids, b"", []),
             Blocks(some, n(), 0, [], b"", []),
             Sealed(some, n(), self._manifest()),
         ])  # fmt: skip
+
+    def _layout(self) -> Any:
+        n = self._number
+        group = Group(self._random.choice(["full_attention", "mamba"]), n(), n(), [n(), 0])
+        return msgspec.structs.replace(
+            Cut().layout(), kv_heads=n(), ranks=n(), groups=[group], segments=[n(), 64]
+        )
 
     def _manifest(self) -> Any:
         from kvtransfer.protocol import Manifest
