@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvtransfer.refusal import Unserved, carried
 from kvtransfer.vllm_records import HandoffStats, StepPlan, StepReport, WorkerFacts
 from kvtransfer.vllm_scheduler import SchedulerHalf
 from kvtransfer.vllm_worker import WorkerHalf
@@ -41,17 +42,19 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        parallel = vllm_config.parallel_config
-        if parallel.pipeline_parallel_size > 1:
-            raise ValueError("TandemConnector does not serve pipeline-parallel engines, so far")
-        if len(kv_cache_config.kv_cache_groups) != 1:
-            raise ValueError("TandemConnector moves one KV cache group only, so far")
         self._scheduler_half: SchedulerHalf | None = None
         self._worker_half: WorkerHalf | None = None
-        if role == KVConnectorRole.SCHEDULER:
-            self._scheduler_half = SchedulerHalf(vllm_config)
-        else:
-            self._worker_half = WorkerHalf(vllm_config)
+        with carried():
+            if (groups := len(kv_cache_config.kv_cache_groups)) != 1:
+                raise Unserved(
+                    f"this model's KV cache has {groups} groups, and handoffs serve one: "
+                    "try --disable-hybrid-kv-cache-manager, or a mixed worker with "
+                    "--kv-connector none"
+                )
+            if role == KVConnectorRole.SCHEDULER:
+                self._scheduler_half = SchedulerHalf(vllm_config)
+            else:
+                self._worker_half = WorkerHalf(vllm_config)
 
     @property
     def _scheduler(self) -> SchedulerHalf:
@@ -108,7 +111,8 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # ------------------------------------------------------------ worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker.register(kv_caches)
+        with carried():
+            self._worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._worker.facts

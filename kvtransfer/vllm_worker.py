@@ -13,6 +13,7 @@ from kvtransfer import checksums, huge_pages
 from kvtransfer.orders import Mine, Order
 from kvtransfer.protocol import Layout, Region
 from kvtransfer.receiver import Receiver, Timeouts
+from kvtransfer.refusal import Unserved
 from kvtransfer.transports.api import Memory, Segment
 from kvtransfer.transports.choose import PREFERRED, available
 from kvtransfer.vllm_records import HandoffStats, StepPlan, StepReport, WorkerFacts, account
@@ -57,7 +58,7 @@ class WorkerHalf:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Offer the engine's KV memory: tensors of (blocks, …), one a layer.
 
-        Raises ValueError when no transport can serve it.
+        Raises Unserved when no transport can serve it.
         """
         tensors = list(kv_caches.values())
         self._memory = memory = Memory(
@@ -66,7 +67,7 @@ class WorkerHalf:
         log.info("KV memory", extra={"huge_bytes": huge_pages.advise(memory)})
         transports, missing = available(memory, self._names or PREFERRED, host=self._host)
         if not transports:
-            raise ValueError(f"no KV transport can be used here: {missing}")
+            raise Unserved(f"no KV transport can be used here: {missing}; see --kv-transports")
         for name, reason in missing.items():
             log.warning("KV transport left out", extra={"transport": name, "reason": reason})
         blocks = memory.segments[0].blocks
@@ -173,7 +174,7 @@ def _device(tensor: torch.Tensor) -> str:
 
 def _segment(tensor: torch.Tensor) -> Segment:
     if not tensor[0].is_contiguous():
-        raise ValueError(
+        raise Unserved(
             f"a KV block of shape {tuple(tensor.shape[1:])} is not contiguous in memory; "
             "this attention backend's layout can't be handed off"
         )
