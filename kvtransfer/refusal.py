@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tempfile
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +60,15 @@ def one_line(error: BaseException) -> str:
     elif isinstance(error, Unserved):
         text = str(error)
     else:
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        text = f"{type(error).__name__}: {error}" if str(error) else _place(error)
     return " ".join(text.split())[:TEXT_MAX]
+
+
+def _place(error: BaseException) -> str:
+    """For an exception without words, such as an assertion's: where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {frames[-1].name} ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return type(error).__name__ + where
 
 
 # ------------------------------------------------------------ in the engine's processes
@@ -93,21 +101,25 @@ def carried() -> Iterator[None]:
         raise
 
 
-class _Teller(logging.Handler):
-    """Tells the exception with which vLLM reports the death of the process."""
+class _Teller(logging.Filter):
+    """Tells the exception with which vLLM reports the death of the process, and lets all pass.
 
-    def emit(self, record: logging.LogRecord) -> None:
+    A filter, since vLLM configures logging anew in each process, which takes handlers away.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if error is not None and str(record.msg).startswith(_FATAL[record.name]):
             tell(error)
+        return True
 
 
 def tell_deaths() -> None:
     """From now on tell what this process dies of, as vLLM logs it. Calling it again is harmless."""
     for name in _FATAL:
         logger = logging.getLogger(name)
-        if not any(isinstance(handler, _Teller) for handler in logger.handlers):
-            logger.addHandler(_Teller(logging.ERROR))
+        if not any(isinstance(known, _Teller) for known in logger.filters):
+            logger.addFilter(_Teller())
 
 
 # ------------------------------------------------------------ in the worker's process

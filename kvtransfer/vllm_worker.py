@@ -69,7 +69,7 @@ class WorkerHalf:
         log.info("KV memory", extra={"huge_bytes": huge_pages.advise(memory)})
         transports, missing = available(memory, self._names or PREFERRED, host=self._host)
         if not transports:
-            raise Unserved(f"--kv-transports: none can be used here: {missing}")
+            raise Unserved(f"no KV transport can be used here: {missing}; see --kv-transports")
         for name, reason in missing.items():
             log.warning("KV transport left out", extra={"transport": name, "reason": reason})
         blocks = memory.segments[0].blocks

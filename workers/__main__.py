@@ -10,12 +10,14 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import uuid
 from typing import TYPE_CHECKING
 
 import uvloop
 import zmq
 
+from kvtransfer.refusal import one_line
 from workers.addresses import write_addresses
 from workers.channel import Channel
 from workers.digests import model_digest, tokenizer_digest
@@ -63,11 +65,14 @@ def main(argv: list[str]) -> int:
         print(f"tandem worker: {error}", file=sys.stderr)
         return 1
     guard()
+    _let_us_have_the_last_line()
     try:
         engine = _engine(settings, identity, engine_flags)
-    except ValueError as error:  # pydantic's and vLLM's own are ValueErrors too.
-        print(f"tandem worker: {error}", file=sys.stderr)
-        return 1
+    except Exception as error:  # noqa: BLE001  # A process's edge: vLLM's own are of many types.
+        if not isinstance(error, ValueError):  # What it is of may matter then.
+            traceback.print_exc()
+        print(f"tandem worker: {one_line(error)}", file=sys.stderr)
+        return 2
     status = 0
     try:
         uvloop.run(_serve(settings, identity, engine, keys))
@@ -75,6 +80,13 @@ def main(argv: list[str]) -> int:
         print(f"tandem worker: {_first(group)}", file=sys.stderr)
         status = 1
     return status
+
+
+def _let_us_have_the_last_line() -> None:
+    """Python's resource tracker outlives this process, and would tell that an engine which did not
+    start left shared memory behind: it removes that, and it is no news."""
+    told = [w for w in (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker") if w]
+    os.environ["PYTHONWARNINGS"] = ",".join(told)
 
 
 def _first(error: BaseException) -> BaseException:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import vllm
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.executor import Executor
 
+from kvtransfer.refusal import Causes, one_line
 from kvtransfer.releases import ReleaseClient
 from workers.api import Delta, Finish, Load, Phase, Step
 from workers.engines.base import Cleared, EngineDead, EngineFacts, Removed, Stored
+from workers.engines.vllm_core_process import executor_class
 from workers.engines.vllm_requests import BadRequest, core_request, delta_of, warm_up_request
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class VllmEngine:
         self._step_began = time.perf_counter()
         self._connector: dict[str, Any] = {}
         self._stats: SchedulerStats | None = None
+        self._causes = Causes()
         self._core: Any = None
 
     async def start(self) -> EngineFacts:
@@ -66,14 +68,17 @@ class VllmEngine:
             self._core = await asyncio.to_thread(
                 EngineCoreClient.make_async_mp_client,
                 self._config,
-                Executor.get_class(self._config),
+                executor_class(self._config),
                 log_stats=True,
             )
-        except (RuntimeError, ValueError) as error:
-            raise EngineDead(f"vLLM's engine did not start: {error}") from error
-        # vLLM compiles for a batch of one, and once more for all larger ones.
-        await self._warm_up(1)
-        await self._warm_up(WARM_UP_TOGETHER)
+        except Exception as error:  # Whatever it is, it is the engine's end.
+            raise self._dead("did not start", error) from error
+        try:
+            # vLLM compiles for a batch of one, and once more for all larger ones.
+            await self._warm_up(1)
+            await self._warm_up(WARM_UP_TOGETHER)
+        except EngineDeadError as error:
+            raise self._dead("died of its first requests", error) from error
         self._step = None  # What it took was the start.
         transfer = self._config.kv_transfer_config
         connector = self._connector
@@ -114,7 +119,15 @@ class VllmEngine:
                     self._count(outputs)
                     on_step(self.load(), self._deltas(outputs))
         except* EngineDeadError as dead:
-            raise EngineDead(f"vLLM's engine core died: {dead.exceptions[0]}") from dead
+            raise self._dead("died", dead.exceptions[0]) from dead
+
+    def _dead(self, what: str, seen: BaseException) -> EngineDead:
+        """`seen` is what came of it here; the engine's processes may have told the cause."""
+        cause = self._causes.first()
+        if cause is not None and cause.unserved:
+            return EngineDead(cause.text)
+        text = cause.text if cause else one_line(seen)
+        return EngineDead(f"vLLM's engine {what}: {text.rstrip('.')}; the traceback is above")
 
     def submit(self, generate: Generate) -> None:
         if not self._live:  # Until now no step was under way.
@@ -170,6 +183,7 @@ class VllmEngine:
         if self._core is not None:
             self._core.shutdown()
         self._releases.close()
+        self._causes.close()
 
     # ------------------------------------------------------------ in
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from kvtransfer.refusal import Unserved
+from workers.engines.vllm_served import check_flags, check_model
 
 if TYPE_CHECKING:
     import argparse
@@ -18,30 +22,44 @@ _KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "mixed": "kv_bot
 
 
 def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) -> VllmConfig:
-    """Parse the flags left over as vLLM's own; a bad one ends the process as argparse does."""
+    """Parse the flags left over as vLLM's own; a bad one ends the process as argparse does.
+
+    Raises `Unserved`, and whatever vLLM raises for what it can't do itself.
+    """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # Events with whole hashes: our connector looks them up in the cache that they are of.
     os.environ["VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"] = "0"
-    from vllm import AsyncEngineArgs
     from vllm.config import KVEventsConfig
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="tandem worker"))
-    # vLLM's default policy ignores priorities without a word.
-    parser.set_defaults(model=args.model, scheduling_policy="priority")
-    engine_args = AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", args.model, *flags]))
-    if engine_args.data_parallel_size > 1:
-        parser.error("--data-parallel-size: start one worker for each engine instead")
+    engine_args = parsed(args.model, flags)
+    check_flags(engine_args, connector=args.kv_connector)
+    check_model(engine_args.create_model_config())
     if args.kv_connector != "none":
         engine_args.kv_transfer_config = _transfer(args, identity)
     elif args.role != "mixed":
-        parser.error("--kv-connector none: only a mixed worker can do without a handoff")
+        raise Unserved("--kv-connector none: only a mixed worker can do without a handoff")
     if args.kv_connector == "tandem":
         # Our connector takes them itself; nothing is published.
         engine_args.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     if args.role != "prefill":
         _whole_prompts_on_cpu(engine_args)
     return engine_args.create_engine_config()
+
+
+def parsed(model: str, flags: list[str]) -> AsyncEngineArgs:
+    from vllm import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            """One line: vLLM's usage would be some hundred."""
+            sys.stderr.write(f"{self.prog}: {message}\n")
+            raise SystemExit(2)
+
+    parser = AsyncEngineArgs.add_cli_args(Parser(prog="tandem worker"))
+    # vLLM's default policy ignores priorities without a word.
+    parser.set_defaults(model=model, scheduling_policy="priority")
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", model, *flags]))
 
 
 def _whole_prompts_on_cpu(engine_args: AsyncEngineArgs) -> None:
