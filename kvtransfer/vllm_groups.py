@@ -40,7 +40,9 @@ SERVED: Final = (
 """Exactly these: a kind derived from one keeps its blocks in a way of its own."""
 QUANTIZED: Final = (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)
 """Others keep scales beside the blocks."""
-HYBRID_OFF: Final = "--disable-hybrid-kv-cache-manager"
+DRAFTERS: Final = ("ngram",)
+"""Ways to speculate that keep no KV of their own."""
+APART: Final = "a mixed worker with --kv-connector none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +66,19 @@ def groups_of(config: KVCacheConfig) -> list[KvGroup]:
 
 def refuse_unserved(config: VllmConfig, cache: KVCacheConfig) -> None:
     """Raise `Unserved` for what vLLM would run and the handoff can't move."""
-    parallel = config.parallel_config
-    for size, flag in (
-        (parallel.pipeline_parallel_size, "--pipeline-parallel-size"),
-        (parallel.decode_context_parallel_size, "--decode-context-parallel-size"),
-        (parallel.prefill_context_parallel_size, "--prefill-context-parallel-size"),
-    ):
-        if size > 1:
-            raise Unserved(f"{flag} {size}: its KV is not handed off; use tensor parallelism")
     if not cache.kv_cache_groups:
         raise Unserved("the model keeps no KV cache: there is nothing to hand off")
     if any(g.host_resident or not g.enable_kv_transfer for g in cache.kv_cache_groups):
         raise Unserved("the model keeps a part of its KV in host memory: that is not handed off")
-    groups = groups_of(cache)
-    if any(g.is_state for g in groups) and config.speculative_config is not None:
+    groups, speculation = groups_of(cache), config.speculative_config
+    if speculation is None:
+        return
+    if speculation.method not in DRAFTERS:
+        raise Unserved(
+            f"--speculative-config: method {speculation.method} is not proven beside a handoff; "
+            f"use {' or '.join(DRAFTERS)}, or {APART}"
+        )
+    if any(g.is_state for g in groups):
         raise Unserved(
             "--speculative-config: the states of a Mamba model are not handed off with "
             "speculation; leave it out"
@@ -91,7 +92,7 @@ def _group(spec: KVCacheSpec) -> KvGroup:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise Unserved(
             f"the model keeps KV of a kind that is not handed off: {names}; "
-            f"{HYBRID_OFF} may turn it into full attention"
+            f"try --disable-hybrid-kv-cache-manager, or {APART}"
         )
     for layer in layers:
         if isinstance(layer, AttentionSpec) and layer.kv_quant_mode not in QUANTIZED:

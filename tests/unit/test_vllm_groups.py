@@ -142,12 +142,7 @@ def test_groups_with_blocks_of_unlike_sizes_share_columns() -> None:
 
 
 def config_of(**others: Any) -> Any:
-    parallel = {
-        "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
-        "prefill_context_parallel_size": 1,
-    }  # fmt: skip
-    plain = {"speculative_config": None, "parallel_config": SimpleNamespace(**parallel)}
-    return SimpleNamespace(**{**plain, **others})
+    return SimpleNamespace(**{"speculative_config": None, **others})
 
 
 def test_served_kinds_are_let_in() -> None:
@@ -165,7 +160,7 @@ def test_a_kind_derived_from_a_served_one_is_refused_by_name() -> None:
 
     spec = RSWASpec(block_size=8, num_kv_heads=1, head_size=8, dtype=torch.float32, rswa_window=9)
     cache = KVCacheConfig(9, [], [KVCacheGroupSpec(["layer"], spec)])
-    with pytest.raises(Unserved, match=r"RSWASpec; --disable-hybrid-kv-cache-manager"):
+    with pytest.raises(Unserved, match=r"RSWASpec; try --disable-hybrid-kv-cache-manager"):
         refuse_unserved(cast("Any", config_of()), cache)
 
 
@@ -194,16 +189,16 @@ def test_states_beside_speculation_are_refused() -> None:
     from kvtransfer.refusal import Unserved
     from kvtransfer.vllm_groups import refuse_unserved
 
-    with pytest.raises(Unserved, match="--speculative-config"):
-        refuse_unserved(config_of(speculative_config=object()), cache_of(["full", "state"], 8))
+    ngram = SimpleNamespace(method="ngram")
+    refuse_unserved(config_of(speculative_config=ngram), cache_of(["full"], 8))
+    with pytest.raises(Unserved, match="--speculative-config: the states"):
+        refuse_unserved(config_of(speculative_config=ngram), cache_of(["full", "state"], 8))
 
 
-@pytest.mark.parametrize("flag", ["pipeline", "decode_context", "prefill_context"])
-def test_other_ways_to_split_an_engine_are_refused(flag: str) -> None:
+def test_a_drafter_with_kv_of_its_own_is_refused_by_name() -> None:
     from kvtransfer.refusal import Unserved
     from kvtransfer.vllm_groups import refuse_unserved
 
-    config = config_of()
-    setattr(config.parallel_config, f"{flag}_parallel_size", 2)
-    with pytest.raises(Unserved, match=f"--{flag.replace('_', '-')}-parallel-size 2"):
-        refuse_unserved(config, cache_of(["full"], 8))
+    eagle = SimpleNamespace(method="eagle")
+    with pytest.raises(Unserved, match="method eagle is not proven beside a handoff; use ngram"):
+        refuse_unserved(config_of(speculative_config=eagle), cache_of(["full"], 8))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from kvtransfer.orders import Pulled
+from kvtransfer.orders import Order, Pulled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,3 +104,27 @@ def test_one_rank_s_failure_is_the_request_s(failed_first: bool) -> None:
     assert merged["error"] == "the read timed out"
     assert (merged["tokens"], merged["first_token"]) == (0, 42)
     assert (merged["seconds"], merged["hidden_s"]) == (1.0, 0.1)
+
+
+def test_a_failed_pull_is_its_request_s_alone() -> None:
+    """Block ids are shared: by requests of one prefix, and the null block by all."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    from kvtransfer.vllm_connector import TandemConnector
+    from kvtransfer.vllm_worker import WorkerHalf
+
+    config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(get_from_extra_config=lambda _, default: default)
+    )
+    half = WorkerHalf(cast("VllmConfig", config), cast("Any", None))
+    ended = [Pulled("failed", "the read timed out"), Pulled("right", None)]
+    half._receiver = cast("Any", SimpleNamespace(ended=lambda _: ended))
+    half._orders = {
+        name: Order(name, "h", "e", "", [1, 2], None, None, "m", "t", 0, [[1]])
+        for name in ("failed", "right")
+    }
+    results = half.results()
+    assert results.finished_recving == {"failed", "right"}
+    assert results.failed_recving == {"failed"}
+    ids = KVConnectorBase_V1.get_block_ids_with_load_errors
+    assert TandemConnector.get_block_ids_with_load_errors is ids
