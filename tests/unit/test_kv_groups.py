@@ -53,9 +53,10 @@ class Cache:
     """One side's memory: an array a segment, of shape (blocks, bytes)."""
 
     layout: Layout
+    empty: int
 
     def __post_init__(self) -> None:
-        self.arrays = [np.full((BLOCKS, size), -1) for size in self.layout.segments]
+        self.arrays = [np.full((BLOCKS, size), self.empty) for size in self.layout.segments]
 
     def write(self, columns: list[list[int]]) -> None:
         """Name what each block holds: its column, slot, segment and byte."""
@@ -101,7 +102,7 @@ def handoffs(draw: Any) -> tuple[Layout, list[list[int]], list[list[int]], int]:
 @given(handoffs())
 def test_every_layer_of_every_group_lands_where_it_belongs(handoff: Any) -> None:
     layout, ours, theirs, begin = handoff
-    sender, receiver = Cache(layout), Cache(layout)
+    sender, receiver = Cache(layout, -2), Cache(layout, -1)
     sender.write(theirs)
     (route,) = routes(layout, layout, 0)
     bound = route.bound(BLOCKS, BLOCKS)

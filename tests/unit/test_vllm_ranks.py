@@ -106,6 +106,37 @@ def test_one_rank_s_failure_is_the_request_s(failed_first: bool) -> None:
     assert (merged["seconds"], merged["hidden_s"]) == (1.0, 0.1)
 
 
+def test_columns_are_announced_once_every_rank_has_told_their_checksums(
+    half: SchedulerHalf,
+) -> None:
+    """Ranks' devices are not done at the same step."""
+    from vllm.v1.outputs import KVConnectorOutput
+
+    from kvtransfer.vllm_records import Computed, StepReport
+
+    announced: list[Any] = []
+    half._ranks = 2
+    half._sender = cast(
+        "Any", SimpleNamespace(computed=lambda *told: announced.append(told), close=lambda: None)
+    )
+
+    def told(first: int, rank: int, total: int) -> StepReport:
+        return StepReport([Computed("h", 0, first, [[first + 1]], {rank: [total]})])
+
+    def report(*reports: StepReport) -> None:
+        whole = reports[0]
+        for other in reports[1:]:
+            whole = cast("StepReport", whole.aggregate(other))
+        half.reported(KVConnectorOutput(kv_connector_worker_meta=whole))
+
+    report(told(0, 0, 10), told(0, 1, 20))
+    report(told(1, 1, 21))
+    assert announced == [("h", 0, [[1]], [[10, 20]])]
+    report(told(2, 1, 22), told(1, 0, 11))
+    report(told(2, 0, 12))
+    assert announced[1:] == [("h", 0, [[2]], [[11, 21]]), ("h", 0, [[3]], [[12, 22]])]
+
+
 def test_a_failed_pull_is_its_request_s_alone() -> None:
     """Block ids are shared: by requests of one prefix, and the null block by all."""
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
