@@ -54,8 +54,18 @@ class Forked:
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 
+    def end(self, timeout_s: float) -> int:
+        """Its status, once it has ended by itself or was killed after `timeout_s`."""
+        try:
+            return self.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.sweep()
+            return self.wait()
+        finally:
+            self.sweep()
+
     def sweep(self) -> None:
-        """End what it has left behind; it is over itself."""
+        """Kill it, if it is not over, and whatever it has left behind."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -98,17 +108,6 @@ class Zygote:
 
     def start(self, start: Start) -> Forked:
         return Forked(self, self.ask(asdict(start))["pid"])
-
-    def run(self, module: str, arguments: list[str], log: Path, timeout_s: float) -> int:
-        """Run one to its end, killed after `timeout_s`. Its status."""
-        process = self.start(Start(module, arguments, str(log)))
-        try:
-            return process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            process.sweep()
-            return process.wait()
-        finally:
-            process.sweep()
 
 
 @dataclass(slots=True)

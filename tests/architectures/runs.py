@@ -12,13 +12,14 @@ from tests.architectures.compare import Answer, Judged, Truth, Verdict, judge
 from tests.architectures.forks import ForkedGroup
 from tests.architectures.passes import CACHED, KILLED, ONE_BY_ONE, SALTED, Passes, run_passes
 from tests.architectures.prompts import LENGTH_MAX, PROMPTS
+from tests.architectures.zygote import Start
 from tests.asking import EVERYTHING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.architectures.families import Family
-    from tests.architectures.forks import Zygote
+    from tests.architectures.forks import Forked, Zygote
 
 ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(LENGTH_MAX)]
 WORKER = ["--num-gpu-blocks-override", "1024", "--kv-answer-s", "20", "--kv-read-s", "40"]
@@ -85,7 +86,7 @@ class Run:
             for answers in self.passes.rounds
         ]
 
-    def computedtwice(self, name: str) -> dict[str, str]:
+    def computed_twice(self, name: str) -> dict[str, str]:
         """Prompts of a pass that were not handed over, by what was noted of them."""
         found = {}
         for prompt, answer in self.passes.answers[name].items():
@@ -100,7 +101,7 @@ class Run:
         parts = []
         for name in self.passes.answers:
             judged = self.judged(name)
-            twice = len(self.computedtwice(name)) if name != KILLED else 0
+            twice = len(self.computed_twice(name)) if name != KILLED else 0
             parts.append(f"{name} {_counted(judged)}" + (f", {twice} twice" if twice else ""))
         rounds = [judged for each in self.judged_rounds() for judged in each.items()]
         if rounds:
@@ -142,6 +143,25 @@ def results() -> list[dict[str, Any]]:
     return _RESULTS
 
 
+class Reference:
+    """Plain vLLM at work on all prompts."""
+
+    def __init__(self, process: Forked, out: Path, log: Path) -> None:
+        self._process = process
+        self._out = out
+        self._log = log
+        self._status: int | None = None
+
+    def truths(self) -> dict[str, Truth]:
+        """Its answers by prompt, once it is done. Raises `NoReference`."""
+        if self._status is None:
+            self._status = self._process.end(REFERENCE_S)
+        if self._status != 0:
+            end = self._log.read_text(errors="replace")[-20_000:]
+            raise NoReference(f"status {self._status}:\n{end}")
+        return {name: Truth(**said) for name, said in json.loads(self._out.read_text()).items()}
+
+
 class Bench:
     """Makes models and references once, and runs each row and variant once."""
 
@@ -149,7 +169,7 @@ class Bench:
         self.zygote = zygote
         self.folder = folder
         self._runs: dict[tuple[str, Variant], Run] = {}
-        self._truths: dict[str, dict[str, Truth] | NoReference] = {}
+        self._references: dict[str, Reference] = {}
         (folder / "prompts.json").write_text(json.dumps(PROMPTS))
 
     def model(self, name: str) -> Path:
@@ -157,33 +177,27 @@ class Bench:
         folder = self.folder / name
         if not (folder / "config.json").exists():
             log = self.folder / f"{name}.made.log"
-            status = self.zygote.run(
-                "tests.architectures.models", [name, str(folder)], log, MODEL_S
-            )
+            start = Start("tests.architectures.models", [name, str(folder)], str(log))
+            status = self.zygote.start(start).end(MODEL_S)
             assert status == 0, f"{name} was not made:\n{log.read_text()[-2000:]}"
         return folder
 
-    def truths(self, family: Family) -> dict[str, Truth]:
-        """Raises `NoReference`."""
+    def reference(self, family: Family) -> Reference:
+        """The one that answers `family`'s prompts: it may still be at it."""
         options = {"max_model_len": LENGTH_MAX, "block_size": family.block, **family.reference}
         key = json.dumps([family.model, family.reference])
-        if key not in self._truths:
-            self._truths[key] = self._refer(family, options)
-        found = self._truths[key]
-        if isinstance(found, NoReference):
-            raise found
-        return found
+        if key not in self._references:
+            self._references[key] = self._refer(family, options)
+        return self._references[key]
 
-    def _refer(self, family: Family, options: dict[str, Any]) -> dict[str, Truth] | NoReference:
+    def _refer(self, family: Family, options: dict[str, Any]) -> Reference:
         out, log = (self.folder / f"{family.name}.reference.{end}" for end in ("json", "log"))
         arguments = [
             str(self.model(family.model)), str(self.folder / "prompts.json"), str(out),
             json.dumps(options),
         ]  # fmt: skip
-        status = self.zygote.run("tests.architectures.reference", arguments, log, REFERENCE_S)
-        if status != 0:
-            return NoReference(f"status {status}:\n{log.read_text(errors='replace')[-20_000:]}")
-        return {name: Truth(**said) for name, said in json.loads(out.read_text()).items()}
+        start = Start("tests.architectures.reference", arguments, str(log))
+        return Reference(self.zygote.start(start), out, log)
 
     def run(self, family: Family, variant: Variant) -> Run:
         key = (family.name, variant)
@@ -212,13 +226,15 @@ class Bench:
 
     def _run(self, family: Family, variant: Variant) -> Run:
         rounds = ROUNDS if variant == VARIANTS[0] else 0
-        run = Run(family, variant, self.truths(family), rounds=rounds)
+        run = Run(family, variant, rounds=rounds)
+        reference = self.reference(family)
         group = self.group(family, variant)
         try:
             with group:
                 self._ask(run, group)
         except PartDied as died:
             run.refusal = last_line(str(died))
+        run.truths = reference.truths()
         run.logs, run.statuses = group.logs, group.statuses
         return run
 
@@ -240,4 +256,4 @@ def _facts(run: Run) -> dict[str, Any]:
             for prompt, judged in run.judged(name).items()
         }
         for name in run.passes.answers
-    } | {"twice": {n: run.computedtwice(n) for n in BEFORE if n in run.passes.answers}}
+    } | {"twice": {n: run.computed_twice(n) for n in BEFORE if n in run.passes.answers}}

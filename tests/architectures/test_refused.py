@@ -37,4 +37,4 @@ def test_plain_vllm_does_not_serve_it_here(bench: Bench, family: Family) -> None
     if family.expected.runs:
         pytest.skip(f"this processor has {family.expected.runs_with}: the row is of those without")
     with pytest.raises(NoReference, match=family.expected.error):
-        bench.truths(family)
+        bench.reference(family).truths()
