@@ -1,0 +1,40 @@
+"""What is not served is refused in one line; what no engine here can serve is shown to be so."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from deploy.local.parts import PartDied
+from tests.architectures.families import Family, NotHere, Refused, expecting
+from tests.architectures.runs import VARIANTS, Bench, NoReference, last_line
+from tests.asking import EVERYTHING
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+
+
+def rows(kind: type[Refused] | type[NotHere]) -> list[Family]:
+    return [f for f in expecting(kind) if EVERYTHING or f.short]
+
+
+@pytest.mark.parametrize("family", rows(Refused), ids=lambda f: f.name)
+def test_what_is_not_served_is_refused_in_the_last_line(bench: Bench, family: Family) -> None:
+    assert isinstance(family.expected, Refused)
+    group = bench.group(family, VARIANTS[0], prefill=1)
+    with pytest.raises(PartDied), group:
+        pass
+    ended = {name for name, status in group.statuses.items() if status == 1}
+    said = {name: last_line(group.logs[name]) for name in ended}
+    assert said
+    assert [line for line in said.values() if not re.search(family.expected.line, line)] == []
+
+
+@pytest.mark.parametrize("family", rows(NotHere), ids=lambda f: f.name)
+def test_plain_vllm_does_not_serve_it_here(bench: Bench, family: Family) -> None:
+    """When this fails, the row can be opened."""
+    assert isinstance(family.expected, NotHere)
+    if family.expected.runs:
+        pytest.skip(f"this processor has {family.expected.runs_with}: the row is of those without")
+    with pytest.raises(NoReference, match=family.expected.error):
+        bench.reference(family).truths()
