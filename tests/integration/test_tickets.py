@@ -278,7 +278,7 @@ def test_a_decode_worker_may_be_asked_before_its_prompt_is(pair: Pair, right: li
     salt, ticket = "early", make_ticket(pair.prefill.hello, uuid.uuid4().hex)
     asked = pair.decode.generate(
         Phase.DECODE, PROMPT, max_tokens=TOKENS, params=params(own(salt)),
-        ticket=ticket, cache_salt=own(salt),
+        ticket=ticket, cache_salt=own(salt), relay=True,
     )  # fmt: skip
     time.sleep(1)
     prefilled = pair.prefill.generate(
