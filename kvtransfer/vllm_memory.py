@@ -113,7 +113,7 @@ def _layout(
 ) -> Layout:
     """How this memory is cut. What is not known to be apart is taken to be one piece."""
     ranks = config.parallel_config.tensor_parallel_size
-    heads = config.model_config.get_total_num_kv_heads()
+    heads = max(1, config.model_config.get_total_num_kv_heads())  # A model of states has none.
     held, first = max(1, heads // ranks), layers[0].tensor
     sizes = {s.block_bytes for s in memory.segments}
     whole = not any(layer.kernel_tokens for layer in layers)
