@@ -150,10 +150,18 @@ FAMILIES: tuple[Family, ...] = (
     Family("llama4 no hybrid", "llama4", "full attention for all layers", **NO_HYBRID),
     Family("gemma4 no hybrid", "gemma4", "full attention, unlike head sizes", **NO_HYBRID),
     Family("deepseek-v2", "deepseek-v2", "latent (MLA)"),
-    Family("deepseek-v3.2", "deepseek-v3.2", "latent (MLA), sparse"),
+    Family(
+        "deepseek-v3.2", "deepseek-v3.2", "latent (MLA), sparse",
+        NotHere("vLLM has no sparse attention there", "Sparse Attention is not supported on CPU"),
+        seen=True,
+    ),
     Family("mamba2", "mamba2", "Mamba states", block=None, caches=False),
     Family("granite4", "granite4", "Mamba states and full attention", block=None, caches=False),
-    Family("jamba", "jamba", "Mamba states and full attention", block=None, caches=False),
+    Family(
+        "jamba", "jamba", "Mamba-1 states and full attention",
+        NotHere("vLLM's CPU build has no scan of Mamba-1", "no attribute 'selective_scan_fwd'"),
+        block=None, seen=True,
+    ),
     Family(
         "llama, larger blocks", "llama", "full attention", given="blocks larger than the kernels'",
         block=128, change="kernel blocks of 32",
@@ -167,7 +175,10 @@ FAMILIES: tuple[Family, ...] = (
         "llama, fp8 KV", "llama", "full attention", given="`--kv-cache-dtype fp8`",
         flags=("--kv-cache-dtype", "fp8"),
         reference={"kv_cache_dtype": "fp8"},
-        expected=NotHere("needs AVX-512", "AVX512|AVX-512|avx512", runs_with="avx512f"),
+        expected=NotHere(
+            "it needs AVX-512 or AMX", "FP8 KV cache on CPU requires x86", runs_with="avx512f"
+        ),
+        seen=True,
     ),
     Family(
         "qwen2-vl", "qwen2-vl", "full attention", needs="torchvision", images=True

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ import signal
 import socket
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -80,7 +81,26 @@ def _kernel_blocks_of_32() -> None:
     CPUAttentionBackend.get_supported_kernel_block_sizes = sizes
 
 
-CHANGES: dict[str, Callable[[], None]] = {"kernel blocks of 32": _kernel_blocks_of_32}
+def _every_third_pull_fails() -> None:
+    """By the receiver's word alone: what it read lies in blocks that must not be used."""
+    from kvtransfer.receiver import Receiver
+
+    ended, count = Receiver.ended, itertools.count(1)
+
+    def some_fail(receiver: Receiver, wait_s: float = 0.0) -> list[Any]:
+        return [
+            pulled if next(count) % 3 else replace(pulled, error=PLANTED, first_token=None)
+            for pulled in ended(receiver, wait_s)
+        ]
+
+    Receiver.ended = some_fail  # type: ignore[method-assign]
+
+
+PLANTED = "a planted failure"
+CHANGES: dict[str, Callable[[], None]] = {
+    "kernel blocks of 32": _kernel_blocks_of_32,
+    "every third pull fails": _every_third_pull_fails,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -99,7 +119,15 @@ def _import() -> None:
     # It looks at a model's class in a process of its own, lest CUDA be initialized in this one.
     registry = importlib.import_module("vllm.model_executor.models.registry")
     registry._run_in_subprocess = lambda look: look()  # type: ignore[attr-defined]
+    os.register_at_fork(after_in_child=_forget_signals)
     gc.freeze()  # Collections in children would copy every page.
+
+
+def _forget_signals() -> None:
+    """As in a new interpreter: a signal to an engine's process must not wake its parent's loop."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def serve(channel: socket.socket) -> None:
