@@ -28,7 +28,7 @@ from router.dispatch import Dispatch
 from router.journal import Journal
 from router.leaving import Departure, LeavingServer
 from router.link import Curve, Links
-from router.metrics import CacheMetrics, DemandMetrics, Metrics, QueueMetrics
+from router.metrics import CacheMetrics, DemandMetrics, HandoffMetrics, Metrics, QueueMetrics
 from router.settings import RouterSettings
 from workers.addresses import write_addresses
 from workers.digests import model_digest, tokenizer_digest
@@ -154,6 +154,7 @@ async def _serve(
     CacheMetrics(dispatch.caches)
     QueueMetrics(dispatch)
     DemandMetrics(dispatch)
+    HandoffMetrics(dispatch.handoffs.known)
     engine.attach(dispatch)
     links = Links(settings.workers or (), facts, dispatch, ways.curve)
     departure = Departure()

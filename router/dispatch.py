@@ -16,11 +16,11 @@ from router.ask import Ask, Reserve
 from router.core import effects
 from router.core import lifecycle as life
 from router.core.caches import Caches, Foretold
-from router.core.compat import unpaired
 from router.core.errors import NoCapacity, NoWorkers, Overloaded
 from router.core.fleet import Fleet
 from router.core.placement import EstimatePolicy
 from router.door import Door
+from router.handoff_watch import HandoffWatch
 from router.journal import Journal
 from router.live import Live, Step, generate, nobody_computed
 from workers.api import Abort, Batch, Delta, Finish, KvAsk, Phase, Release, make_ticket
@@ -62,6 +62,7 @@ class Dispatch:
         self.fleet = Fleet()
         self.caches = Caches()
         self.accounts = Accounts(self.fleet)
+        self.handoffs = HandoffWatch(self.fleet)
         self.door = Door(self.fleet, limits)
         self._policy = policy or EstimatePolicy(prefill_s=self.door.limits.prefill_s)
         self._reserve = reserve
@@ -124,9 +125,8 @@ class Dispatch:
             return
         if known:
             self.on_lost(hello.worker_id, "restarted")
-        if reason := unpaired(hello, [view.hello for view in self.fleet]):
-            log.warning("no handoff", extra={"worker": hello.worker_id, "reason": reason})
         self.fleet.join(hello, now)
+        self.handoffs.changed()
         if self.caches.join(hello, now):
             self._send(hello.worker_id, KvAsk())
 
@@ -141,6 +141,7 @@ class Dispatch:
         if view is None:
             return
         self.caches.leave(worker_id)
+        self.handoffs.changed()
         now = self._clock()
         left = view.departing and not self.is_on(worker_id)
         what = {"worker": worker_id, "reason": reason}
@@ -174,6 +175,7 @@ class Dispatch:
         for worker_id, reason in self.fleet.dead(now):
             self.on_lost(worker_id, reason)
         self.fleet.reconsider(now)
+        self.handoffs.known.retry(now)
         for worker_id in self.caches.overdue(now):
             self._send(worker_id, KvAsk())
         for live in [r for r in self._live.values() if now - r.progress_at > STUCK_S]:
@@ -262,6 +264,7 @@ class Dispatch:
             if not live.output_tokens:  # A relayed token's worker and the decoding one both tell.
                 self.door.demand.computed_tokens += len(live.ask.prompt_token_ids) - cached_tokens
             self.journal.pulled(request_id, delta)
+            self.handoffs.came(live, worker_id, delta)
         if live.prompt_extras is not None:
             step.prompt_extras[request_id] = live.prompt_extras
             live.prompt_extras = None

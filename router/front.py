@@ -163,7 +163,7 @@ def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch, departure: Depar
 
     async def readyz(_: Request) -> Response:
         trouble = "leaving" if departure.begun else _not_ready(dispatch)
-        return PlainTextResponse(trouble or "ok", 503 if trouble else 200)
+        return PlainTextResponse(trouble or _degraded(dispatch) or "ok", 503 if trouble else 200)
 
     app.add_route("/tandem/requests/{name}", requests)
     app.add_route("/tandem/workers", workers)
@@ -178,6 +178,12 @@ def _named(message: msgspec.Struct) -> Any:
 def _not_ready(dispatch: Dispatch) -> str | None:
     error = dispatch.trouble()
     return None if error is None else str(error)
+
+
+def _degraded(dispatch: Dispatch) -> str | None:
+    """Ready all the same: every request is served, some with a prompt computed where it decodes."""
+    found = dispatch.handoffs.known.degraded
+    return None if found is None else f"degraded: {found}"
 
 
 def _record(record: Record, dispatch: Dispatch) -> dict[str, Any]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
     from router.core.caches import Caches
+    from router.core.handoffs import Handoffs
     from router.dispatch import Dispatch
     from router.journal import Record
 
@@ -113,6 +114,25 @@ class QueueMetrics:
         for code, count in door.refused.items():
             refused.add_metric([code], count)
         yield refused
+
+
+class HandoffMetrics:
+    """Which handoffs don't work, read when it is asked for."""
+
+    def __init__(self, handoffs: Handoffs) -> None:
+        self._handoffs = handoffs
+        REGISTRY.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        unpaired = GaugeMetricFamily(
+            "tandem_router_unpaired_workers", "Can hand off with nobody", labels=["differs"]
+        )
+        for what, count in self._handoffs.unpaired.items():
+            unpaired.add_metric([what], count)
+        yield unpaired
+        yield GaugeMetricFamily(
+            "tandem_router_failing_pairs", "Whose handoffs fail in a row", self._handoffs.failing
+        )
 
 
 class DemandMetrics:

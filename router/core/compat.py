@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
 
 from workers.api import ACCEPTS, PROTOCOL, Phase
 
@@ -58,30 +59,58 @@ def _release(version: str) -> str:
     return version.partition("+")[0]
 
 
+class Unlike(StrEnum):
+    """What keeps two workers from handing off KV, told from their hellos."""
+
+    MODEL = "model"
+    LAYOUT = "layout"
+    TRANSPORT = "transport"
+
+
+def unlike(sender: WorkerHello, receiver: WorkerHello) -> Unlike | None:
+    """Why KV blocks that `sender` computed can't be read and used by `receiver`; None: they can."""
+    if sender.model_digest != receiver.model_digest:
+        return Unlike.MODEL
+    if sender.kv_digest != receiver.kv_digest:
+        return Unlike.LAYOUT
+    return None if set(sender.transports) & set(receiver.transports) else Unlike.TRANSPORT
+
+
 def can_hand_off(sender: WorkerHello, receiver: WorkerHello) -> bool:
     """Whether KV blocks that `sender` computed may be read and used by `receiver`."""
-    return (
-        sender.kv_digest == receiver.kv_digest
-        and sender.model_digest == receiver.model_digest
-        and bool(set(sender.transports) & set(receiver.transports))
-    )
+    return unlike(sender, receiver) is None
 
 
-def unpaired(worker: WorkerHello, others: Iterable[WorkerHello]) -> str | None:
+_ADVICE: Final = {
+    Unlike.MODEL: "start both with the same model",
+    Unlike.LAYOUT: "start both with the same model, --dtype, --kv-cache-dtype, --block-size, "
+    "--attention-backend and --tensor-parallel-size",
+    Unlike.TRANSPORT: "give both a common one of --kv-transports",
+}
+
+
+def unpaired(worker: WorkerHello, others: Iterable[WorkerHello]) -> tuple[Unlike, str] | None:
     """Why `worker` can hand off with none of the others, naming both sides of one pair.
 
-    None when it can with one of them, or when none of them is of the other role.
+    None when it can with one of them, or when none of them is of the other role. Workers without
+    any transport were started to hand nothing off (`--kv-connector none`) and count as none.
     """
     pairs = [
         (sender, receiver)
         for other in others
         for sender, receiver in ((worker, other), (other, worker))
-        if Phase.PREFILL in ACCEPTS[sender.role] and Phase.DECODE in ACCEPTS[receiver.role]
+        if Phase.PREFILL in ACCEPTS[sender.role]
+        and Phase.DECODE in ACCEPTS[receiver.role]
+        and sender.transports
+        and receiver.transports
     ]
-    if not pairs or any(can_hand_off(*pair) for pair in pairs):
+    reasons = [unlike(*pair) for pair in pairs]
+    if not reasons or reasons[0] is None or None in reasons:
         return None
-    return "; ".join(
+    what = reasons[0]
+    sides = "; ".join(
         f"{w.worker_id} ({w.role}) keeps {w.kv_digest} of model {w.model_digest} and offers "
-        f"{', '.join(w.transports) or 'no transport'}"
+        f"{', '.join(w.transports)}"
         for w in pairs[0]
     )
+    return what, f"{what} differs: {sides}; {_ADVICE[what]}"

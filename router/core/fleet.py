@@ -76,6 +76,8 @@ class WorkerView:
     """We were told that it is gone: it gets none, whatever it says itself."""
     last_resort: bool = field(init=False, default=False)
     """Nobody who is in service generates."""
+    unreadable: frozenset[str] = frozenset()
+    """Workers whose KV it has failed to read again and again (`router.core.handoffs`)."""
     _unheard_tokens: int = 0
     _promised_blocks: int = 0
 

@@ -109,6 +109,11 @@ class Ended:
 State = Waiting | Placing | Prefilling | Decoding | Ended
 
 
+def sender(state: State) -> str | None:
+    """The worker that computes the prompt for another one, while that one has not answered."""
+    return state.prefill if isinstance(state, (Prefilling, Decoding)) else None
+
+
 def is_on(state: State, worker: str) -> bool:
     """It would be touched by the worker's going: it computes or decodes there, or has KV there."""
     match state:

@@ -162,7 +162,9 @@ def _pairs(
         for p in senders
         for computing in (estimate.prefill(prompt, p),)
         for receiver in generating
-        if p is not receiver[0] and can_hand_off(sender=p.hello, receiver=receiver[0].hello)
+        if p is not receiver[0]
+        and p.id not in receiver[0].unreadable
+        and can_hand_off(sender=p.hello, receiver=receiver[0].hello)
     ]
 
 
