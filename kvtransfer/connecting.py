@@ -36,7 +36,9 @@ class Reach:
 
     def wanted(self, order: Order) -> Wanted:
         block_tokens, tokens = self.opened.layout.block_tokens, len(order.token_ids)
-        links = chain(order.token_ids, block_tokens, salt=order.salt, lora=order.lora)
+        links = chain(
+            order.token_ids, block_tokens, salt=order.salt, lora=order.lora, items=order.items
+        )
         return Wanted(
             Expectation(tokens, links, order.model_digest, order.tokenizer_digest),
             per_block=block_tokens // self.stride_tokens,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvtransfer.core.items import Item
     from kvtransfer.protocol import Layout
     from kvtransfer.transports.api import Memory, Transport
 
@@ -39,6 +40,8 @@ class Order:
     """Whole blocks of ours that hold the prompt's beginning already."""
     local_blocks: list[int]
     """Ours, from the prompt's first; those that are cached are not looked at."""
+    items: tuple[Item, ...] = ()
+    """What of the prompt is no text."""
 
 
 @dataclass(frozen=True, slots=True)

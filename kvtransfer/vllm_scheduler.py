@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
+from kvtransfer.core.items import items_of
 from kvtransfer.core.manifest import chain
 from kvtransfer.orders import Order, Pulled
 from kvtransfer.protocol import LINK_BYTES, Manifest
@@ -130,6 +131,7 @@ class SchedulerHalf:
                 tokenizer_digest=self._tokenizer_digest,
                 cached_tokens=request.num_prompt_tokens - external,
                 local_blocks=list(ids),
+                items=items_of(request.mm_features),
             )
         )
 
@@ -161,6 +163,7 @@ class SchedulerHalf:
             self._block_tokens,
             salt=request.cache_salt,
             lora=_lora(request),
+            items=items_of(request.mm_features),
         )
         if self._sender.expect(produce["handle"], links):
             self._produced[request.request_id] = _Produced(request, produce["handle"], links)
