@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from workers.api import Item
 
 
 class Reserve(StrEnum):
@@ -28,6 +32,8 @@ class Ask:
     params: bytes = b""
     cache_salt: str | None = None
     lora_name: str | None = None
+    items: tuple[Item, ...] = ()
+    """What of the prompt is no text."""
     priority: int = 0
     relay: bool = False
     """The prefill worker may sample the first token: what follows stays what it would be."""

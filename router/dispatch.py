@@ -199,7 +199,9 @@ class Dispatch:
     def _prompt(self, live: Live, now: float) -> Prompt:
         if live.prompt is None or now - live.prompt_at > FORETOLD_S:
             ask = live.ask
-            cached = self.caches.cached_tokens(ask.prompt_token_ids, ask.cache_salt, ask.lora_name)
+            cached = self.caches.cached_tokens(
+                ask.prompt_token_ids, ask.cache_salt, ask.lora_name, ask.items
+            )
             live.prompt, live.prompt_at = self.accounts.prompt(ask, cached), now
         return live.prompt
 
@@ -279,7 +281,11 @@ class Dispatch:
         live.computes_on = ""  # Once.
         ask, now = live.ask, live.progress_at
         foretold = Foretold(
-            live.predicted_tokens, ask.prompt_token_ids, ask.cache_salt, ask.lora_name
+            live.predicted_tokens,
+            ask.prompt_token_ids,
+            ask.cache_salt,
+            ask.lora_name,
+            ask.items,
         )
         if self.caches.judge(worker_id, foretold, delta.cached_tokens, now):
             log.warning("prefix index not believed", extra={"worker": worker_id})

@@ -14,7 +14,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from kvtransfer.releases import ReleaseClient
-from workers.api import Delta, Finish, Load, Phase, Step
+from workers.api import Delta, Finish, Item, Load, Phase, Step
 from workers.engines.base import Cleared, EngineDead, EngineFacts, Removed, Stored
 from workers.engines.vllm_requests import BadRequest, core_request, delta_of, warm_up_request
 
@@ -258,8 +258,8 @@ class VllmEngine:
 def _change(told: list[Any]) -> CacheChange:
     """As the connector's scheduler half writes it (`kvtransfer.vllm_scheduler`)."""
     match told:
-        case [keys, parent, token_ids, salt, lora]:
-            return Stored(keys, parent, token_ids, salt, lora)
+        case [keys, parent, token_ids, salt, lora, items]:
+            return Stored(keys, parent, token_ids, salt, lora, tuple(Item(*i) for i in items))
         case [keys]:
             return Removed(keys)
     return Cleared()
