@@ -23,7 +23,7 @@ from router.core.errors import RequestInvalid, RouterError
 from router.no_engine import NoEngine
 from router.plain import PlainStreams
 from workers.api import Delta, Finish
-from workers.vllm_codec import decode_extras, encode_request
+from workers.vllm_codec import decode_extras, encode_request, items_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
@@ -266,6 +266,7 @@ def _ask(request: EngineCoreRequest) -> Ask:
         params=encode_request(request),
         cache_salt=request.cache_salt,
         lora_name=lora.lora_name if lora else None,
+        items=items_of(request.mm_features),
         priority=request.priority,
         relay=may_relay(params),
         name=request.external_req_id or "",

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request  # noqa: TC002  # FastAPI reads the annotation.
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from vllm import AsyncEngineArgs, envs
-from vllm.config import VllmConfig
+from vllm.config import ParallelConfig, VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -60,6 +60,10 @@ def front_config(args: argparse.Namespace) -> VllmConfig:
     envs.VLLM_CPU_KVCACHE_SPACE = 0
     return VllmConfig(
         model_config=model_config,
+        # vLLM's word for a front that is not alone with its engine. By itself such a front sends an
+        # image's hash alone once it has sent the image, to whichever engine; now it keeps what it
+        # has processed, and each engine gets it whole (`vllm.multimodal.cache.factories`).
+        parallel_config=ParallelConfig(_api_process_count=2),
         logging_config=engine_args.create_logging_config(),
         structured_outputs_config=engine_args.create_structured_outputs_config(),
     )

@@ -9,6 +9,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from kvtransfer.core import items
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -18,6 +20,8 @@ _EXTRAS = ("new_logprobs", "new_prompt_logprobs_tensors", "routed_experts")
 # vLLM's encoder gives several frames (large arrays by themselves); a message here is one.
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(list[bytes]).decode
+
+items_of = items.items_of
 
 
 class Unreadable(Exception):

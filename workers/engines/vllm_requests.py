@@ -11,7 +11,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from kvtransfer.protocol import TicketUnreadable, decode_ticket
 from workers.api import MALFORMED, Delta, Finish, Generate, Phase
-from workers.vllm_codec import Unreadable, decode_request, encode_extras
+from workers.vllm_codec import Unreadable, decode_request, encode_extras, items_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -49,6 +49,11 @@ def core_request(generate: Generate, config: VllmConfig) -> EngineCoreRequest:
         raise BadRequest("only generation is served")
     if request.lora_request is not None:
         raise BadRequest("LoRA adapters are not served yet")
+    if items_of(request.mm_features) != generate.items:
+        raise BadRequest("the items told of are not the request's")
+    # The engine keeps no items: see `vllm_config`.
+    if missing := [f.identifier for f in request.mm_features or () if f.data is None]:
+        raise BadRequest(f"items without their content: {', '.join(missing)}")
     request.request_id = generate.request_id
     request.external_req_id = None
     request.arrival_time = time.time()
