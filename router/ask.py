@@ -34,6 +34,8 @@ class Ask:
     lora_name: str | None = None
     items: tuple[Item, ...] = ()
     """What of the prompt is no text."""
+    contents: bytes = b""
+    """What they are, for the engine."""
     priority: int = 0
     relay: bool = False
     """The prefill worker may sample the first token: what follows stays what it would be."""

@@ -80,7 +80,7 @@ class Dispatch:
     def trouble(self, tenant: str = "") -> RouterError | None:
         """Why `submit` would refuse whatever is asked, before any work."""
         if len(self._live) >= REQUESTS_MAX:
-            return Overloaded(live=len(self._live))
+            return Overloaded(holds=f"{len(self._live)} requests")
         if not any(w.generates for w in self.fleet):
             return NoWorkers("decode", known=len(self.fleet))
         return self.door.trouble(tenant, self._clock())
@@ -254,6 +254,8 @@ class Dispatch:
             delta = msgspec.structs.replace(delta, token_ids=new)
         self._gather(live, worker_id, delta, step)
         self._advance(live, life.Tokens(len(said), ended), now)
+        if live.ask.contents and not life.can_begin_anew(live.state):
+            live.ask = self.door.emptied(live.ask)
 
     def _gather(self, live: Live, worker_id: str, delta: Delta, step: Step) -> None:
         request_id = live.ask.request_id

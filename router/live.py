@@ -70,6 +70,7 @@ def generate(live: Live, wire_id: str, phase: Phase, ticket: bytes | None) -> Ge
         lora_name=ask.lora_name,
         priority=ask.priority,
         items=ask.items,
+        contents=ask.contents,
     )
 
 

@@ -132,7 +132,10 @@ class Generate(_Message, frozen=True):
     priority: int = 0
     """Lower runs first, as in vLLM."""
     items: tuple[Item, ...] = ()
-    """What of the prompt is no text, by content hash and place. `params` have the contents."""
+    """What of the prompt is no text, by content hash and place."""
+    contents: bytes = b""
+    """The engine's own encoding of what the items are. A decode worker gets it too: see
+    docs/handoff.md. Empty for the simulated engine."""
 
 
 class Abort(_Message, frozen=True):

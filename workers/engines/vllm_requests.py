@@ -42,9 +42,9 @@ def core_request(generate: Generate, config: VllmConfig) -> EngineCoreRequest:
     if not 0 <= min(tokens) <= max(tokens) < vocabulary:
         raise BadRequest(f"a token id is outside the model's vocabulary of {vocabulary}")
     try:
-        request = decode_request(generate.params, tokens)
+        request = decode_request(generate.params, tokens, generate.contents)
     except Unreadable as error:
-        raise BadRequest(f"sampling parameters are not readable: {error}") from None
+        raise BadRequest(f"parameters are not readable: {error}") from None
     if request.sampling_params is None:
         raise BadRequest("only generation is served")
     if request.lora_request is not None:
