@@ -18,6 +18,7 @@ SPECIAL = {
     12: "<|image_pad|>", 14: "<|vision_start|>", 15: "<|vision_end|>", 16: "<|video_pad|>",
 }  # fmt: skip
 """Qwen2-VL's tokens, at ids that the borrowed tokenizer has for special tokens of its own."""
+PLACEHOLDER = 12
 PATCH = 14
 """Pixels. Two by two patches become one token."""
 
