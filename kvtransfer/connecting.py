@@ -39,7 +39,9 @@ class Reach:
 
     def wanted(self, order: Order) -> Wanted:
         column_tokens, tokens = self.opened.layout.column_tokens, len(order.token_ids)
-        links = chain(order.token_ids, column_tokens, salt=order.salt, lora=order.lora)
+        links = chain(
+            order.token_ids, column_tokens, salt=order.salt, lora=order.lora, items=order.items
+        )
         return Wanted(
             Expectation(tokens, links, order.model_digest, order.tokenizer_digest),
             per_column=column_tokens // self.stride_tokens,

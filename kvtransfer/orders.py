@@ -10,6 +10,7 @@ from kvtransfer.checksums import Checksums, Mode
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvtransfer.core.items import Item
     from kvtransfer.protocol import Layout
     from kvtransfer.transports.api import Memory, Transport
 
@@ -49,6 +50,8 @@ class Order:
     """Whole columns of ours that hold the prompt's beginning already."""
     local_blocks: list[list[int]]
     """Ours, by column from the prompt's first; those that are cached are not looked at."""
+    items: tuple[Item, ...] = ()
+    """What of the prompt is no text."""
 
 
 @dataclass(frozen=True, slots=True)

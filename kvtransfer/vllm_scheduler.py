@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.request import RequestStatus
 
 from kvtransfer.core.geometry import described
+from kvtransfer.core.items import items_of
 from kvtransfer.core.manifest import chain
 from kvtransfer.orders import Order, Pulled
 from kvtransfer.protocol import LINK_BYTES, Manifest
@@ -154,6 +155,7 @@ class SchedulerHalf:
                 cached_tokens=tokens - external,
                 # Null where the engine has it null: before the window of the next token.
                 local_blocks=self._columns.ids(tables, tokens, columns, [0] * len(tables)),
+                items=items_of(request.mm_features),
             )
         )
 
@@ -186,6 +188,7 @@ class SchedulerHalf:
             self._columns.tokens,
             salt=request.cache_salt,
             lora=_lora(request),
+            items=items_of(request.mm_features),
         )
         if not self._sender.expect(handle, links):
             return

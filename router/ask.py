@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from workers.api import Item
 
 
 class Reserve(StrEnum):
@@ -28,6 +32,10 @@ class Ask:
     params: bytes = b""
     cache_salt: str | None = None
     lora_name: str | None = None
+    items: tuple[Item, ...] = ()
+    """What of the prompt is no text."""
+    contents: bytes = b""
+    """What they are, for the engine."""
     priority: int = 0
     relay: bool = False
     """The prefill worker may sample the first token: what follows stays what it would be."""
@@ -39,6 +47,11 @@ class Ask:
     """Its objective; None for the router's own."""
     name: str = ""
     """What the client calls the request; for `explain`, several asks may share it."""
+
+    @property
+    def identity(self) -> tuple[list[int], str | None, str | None, tuple[Item, ...]]:
+        """What equal prefixes have in common: tokens, salt, adapter, items."""
+        return self.prompt_token_ids, self.cache_salt, self.lora_name, self.items
 
     @property
     def only_one(self) -> bool:

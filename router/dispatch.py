@@ -81,7 +81,7 @@ class Dispatch:
     def trouble(self, tenant: str = "") -> RouterError | None:
         """Why `submit` would refuse whatever is asked, before any work."""
         if len(self._live) >= REQUESTS_MAX:
-            return Overloaded(live=len(self._live))
+            return Overloaded(holds=f"{len(self._live)} requests")
         if not any(w.generates for w in self.fleet):
             return NoWorkers("decode", known=len(self.fleet))
         return self.door.trouble(tenant, self._clock())
@@ -201,7 +201,7 @@ class Dispatch:
     def _prompt(self, live: Live, now: float) -> Prompt:
         if live.prompt is None or now - live.prompt_at > FORETOLD_S:
             ask = live.ask
-            cached = self.caches.cached_tokens(ask.prompt_token_ids, ask.cache_salt, ask.lora_name)
+            cached = self.caches.cached_tokens(*ask.identity)
             live.prompt, live.prompt_at = self.accounts.prompt(ask, cached), now
         return live.prompt
 
@@ -254,6 +254,8 @@ class Dispatch:
             delta = msgspec.structs.replace(delta, token_ids=new)
         self._gather(live, worker_id, delta, step)
         self._advance(live, life.Tokens(len(said), ended), now)
+        if live.ask.contents and not life.can_begin_anew(live.state):
+            live.ask = self.door.emptied(live.ask)
 
     def _gather(self, live: Live, worker_id: str, delta: Delta, step: Step) -> None:
         request_id = live.ask.request_id
@@ -281,9 +283,7 @@ class Dispatch:
             return
         live.computes_on = ""  # Once.
         ask, now = live.ask, live.progress_at
-        foretold = Foretold(
-            live.predicted_tokens, ask.prompt_token_ids, ask.cache_salt, ask.lora_name
-        )
+        foretold = Foretold(live.predicted_tokens, *ask.identity)
         if self.caches.judge(worker_id, foretold, delta.cached_tokens, now):
             log.warning("prefix index not believed", extra={"worker": worker_id})
             self._send(worker_id, KvAsk())

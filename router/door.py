@@ -11,6 +11,7 @@ from router.core.admission import Entry, Queue
 from router.core.errors import (
     NoCapacity,
     ObjectiveOutOfReach,
+    Overloaded,
     QueueFull,
     RouterError,
     TenantOverRate,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 PUMP_S: Final = 0.005
 """At most so often does a worker's step make the queue look for room."""
+CONTENTS_MAX: Final = 4 << 30
+"""Bytes of images and their like that are held for requests which may have to begin anew."""
 PASSED_MAX: Final = 8
 """How many are passed over, for want of room, before nobody is looked at any more."""
 
@@ -49,6 +52,7 @@ class Door:
         self.refused: Counter[str] = Counter()
         """By error code, since the start."""
         self.demand = Demand()
+        self._contents = 0
         self._buckets = Buckets(self.limits)
 
     # ------------------------------------------------------------ in
@@ -74,7 +78,7 @@ class Door:
 
     def enter(self, ask: Ask, prompt: Prompt, now: float) -> Entry:
         """Queue it. Raises `trouble`, and `ObjectiveOutOfReach`, and charges nothing."""
-        if error := self.trouble(ask.tenant, now):
+        if error := self.trouble(ask.tenant, now) or self._too_large(ask):
             raise self.turned_away(error)
         uncached = _uncached(prompt)
         expected_s, objective_s = self.queue.wait_s(ask.priority, now), self._objective_s(ask)
@@ -89,7 +93,18 @@ class Door:
         self.demand.arrived(uncached)
         self._buckets.charge(ask.tenant, entry.tokens, now)
         self.queue.push(entry, now)
+        self._contents += len(ask.contents)
         return entry
+
+    def _too_large(self, ask: Ask) -> RouterError | None:
+        if not ask.contents or self._contents + len(ask.contents) <= CONTENTS_MAX:
+            return None
+        return Overloaded(holds=f"{self._contents >> 20} MiB of images and their like")
+
+    def emptied(self, ask: Ask) -> Ask:
+        """The same without its items' contents, which nobody will need again."""
+        self._contents -= len(ask.contents)
+        return replace(ask, contents=b"")
 
     # ------------------------------------------------------------ turns
 
@@ -160,6 +175,7 @@ class Door:
 
     def judge(self, ask: Ask, record: Record | None) -> None:
         """It was let in, and is over."""
+        self._contents -= len(ask.contents)
         if record is not None:
             self.demand.ended(record, self._objective_s(ask), self.limits.itl_s)
 

@@ -23,7 +23,7 @@ from router.core.errors import RequestInvalid, RouterError
 from router.no_engine import NoEngine
 from router.plain import PlainStreams
 from workers.api import Delta, Finish
-from workers.vllm_codec import decode_extras, encode_request
+from workers.vllm_codec import decode_extras, encode_contents, encode_request, items_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
@@ -137,7 +137,7 @@ class DisaggregatedEngine(NoEngine):
         stream = self.plain_streams.open(request)
         try:
             try:
-                self.dispatch.submit(_ask(request))
+                self.dispatch.submit(_ask(request, encode_contents(request)))
             except RouterError as error:
                 ended = True
                 raise Refusal(error) from error
@@ -166,9 +166,10 @@ class DisaggregatedEngine(NoEngine):
         children = [request] if parent is None else _children(parent, request, params.n)
         for index, child in enumerate(children):
             self.output_processor.add_request(child, text, parent, index, queue)
+        contents = encode_contents(request)  # All of them share it.
         try:
             for child in children:
-                self.dispatch.submit(_ask(child))
+                self.dispatch.submit(_ask(child, contents))
         except RouterError as error:
             ids = [child.request_id for child in children]
             self.output_processor.abort_requests(ids, internal=True)
@@ -201,6 +202,10 @@ class DisaggregatedEngine(NoEngine):
             raise VLLMValidationError(
                 "prompt embeddings can't be served disaggregated; send text or token ids",
                 parameter="prompt_embeds",
+            )
+        if any(feature.data is None for feature in request.mm_features or ()):
+            raise VLLMValidationError(
+                "items can't be served by name alone; send their content", parameter="features"
             )
         self.input_processor.assign_request_id(request)
         return cast(EngineCoreRequest, request)
@@ -255,7 +260,7 @@ def _children(parent: ParentRequest, request: EngineCoreRequest, n: int) -> list
     return children
 
 
-def _ask(request: EngineCoreRequest) -> Ask:
+def _ask(request: EngineCoreRequest, contents: bytes) -> Ask:
     params = cast(SamplingParams, request.sampling_params)
     lora: Any = request.lora_request
     who = asker.get()
@@ -266,6 +271,8 @@ def _ask(request: EngineCoreRequest) -> Ask:
         params=encode_request(request),
         cache_salt=request.cache_salt,
         lora_name=lora.lora_name if lora else None,
+        items=items_of(request.mm_features),
+        contents=contents,
         priority=request.priority,
         relay=may_relay(params),
         name=request.external_req_id or "",

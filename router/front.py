@@ -5,28 +5,30 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import msgspec
 import vllm
 from starlette.exceptions import HTTPException
 from starlette.requests import Request  # noqa: TC002  # FastAPI reads the annotation.
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from vllm import AsyncEngineArgs, envs
-from vllm.config import VllmConfig
+from vllm.config import ParallelConfig, VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from router.asker import AskerMiddleware
-from router.core.conversation import roles_in, trouble
+from router.asker import AskerMiddleware, asker
+from router.core.conversation import name_for, roles_in, trouble
 from router.engine import Broken, Refusal
 from router.plain import splice
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Awaitable
 
     from fastapi import FastAPI
 
@@ -46,6 +48,8 @@ def front_args(model: str, flags: list[str]) -> argparse.Namespace:
     args: argparse.Namespace = parser.parse_args(["--model", model, *flags])
     if args.lora_modules:
         parser.error("--lora-modules: adapters are not served yet")
+    if args.enable_mm_embeds:
+        parser.error("--enable-mm-embeds: only images and the like themselves are served yet")
     args.disable_log_stats = True  # They are the engine's; the router has its own.
     validate_parsed_serve_args(args)
     return args
@@ -60,6 +64,10 @@ def front_config(args: argparse.Namespace) -> VllmConfig:
     envs.VLLM_CPU_KVCACHE_SPACE = 0
     return VllmConfig(
         model_config=model_config,
+        # vLLM's word for a front that is not alone with its engine. By itself such a front sends an
+        # image's hash alone once it has sent the image, to whichever engine; now it keeps what it
+        # has processed, and each engine gets it whole (`vllm.multimodal.cache.factories`).
+        parallel_config=ParallelConfig(_api_process_count=2),
         logging_config=engine_args.create_logging_config(),
         structured_outputs_config=engine_args.create_structured_outputs_config(),
     )
@@ -120,6 +128,16 @@ async def _check_json(request: Request) -> None:
         raise VLLMValidationError(
             "structured_outputs must be an object", parameter="structured_outputs"
         )
+    # Of vLLM's scale-out endpoints: a client's word for what an item is, which all others would
+    # have to believe, since caches go by it.
+    parts = body.get("content_parts")
+    named = [p for p in parts if isinstance(p, dict) and p.get("uuid")] if parts else []
+    for field, given in (("features", body.get("features")), ("content_parts", named)):
+        if given and "token_ids" in body:
+            raise VLLMValidationError(
+                f"{field}: items that a client names can't be served; send their content alone",
+                parameter=field,
+            )
 
 
 def _check_conversations(renderer: Any, chat_template: str | None) -> None:
@@ -139,9 +157,24 @@ def _check_conversations(renderer: Any, chat_template: str | None) -> None:
         for messages in conversations:
             if found := trouble(messages, roles):
                 raise VLLMValidationError(found[1], parameter=found[0])
-        return await render(conversations, *rest, **options)
+            name_for(asker.get().tenant, messages)
+        return await _fetched(render(conversations, *rest, **options))
 
     renderer.render_chat_async = checked
+
+
+async def _fetched(rendering: Awaitable[Any]) -> Any:
+    """Say 422 where vLLM says 500 to an item that can't be had, with our network's addresses."""
+    try:
+        return await rendering
+    except (aiohttp.ClientError, TimeoutError) as error:
+        what = "an item can't be fetched from its URL"
+        raise VLLMUnprocessableEntityError(what, parameter="url") from error
+    except RuntimeError as error:
+        if "--allowed-local-media-path" not in str(error):
+            raise
+        what = "file URLs are not allowed here"
+        raise VLLMUnprocessableEntityError(what, parameter="url") from error
 
 
 def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch, departure: Departure) -> None:

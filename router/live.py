@@ -67,6 +67,8 @@ def generate(live: Live, wire_id: str, phase: Phase, ticket: bytes | None) -> Ge
         cache_salt=ask.cache_salt,
         lora_name=ask.lora_name,
         priority=ask.priority,
+        items=ask.items,
+        contents=ask.contents,
     )
 
 

@@ -35,11 +35,17 @@ from enum import StrEnum
 import msgspec
 
 from kvtransfer import protocol as kv
+from kvtransfer.core import items
 
-PROTOCOL = 3
+PROTOCOL = 4
 MALFORMED = kv.MALFORMED
 LOAD_INTERVAL_S = 0.5
 SILENCE_S = 5.0
+
+Item = items.Item
+marks = items.marks
+within = items.within
+joined = items.joined
 
 
 class Role(StrEnum):
@@ -127,6 +133,11 @@ class Generate(_Message, frozen=True):
     lora_name: str | None = None
     priority: int = 0
     """Lower runs first, as in vLLM."""
+    items: tuple[Item, ...] = ()
+    """What of the prompt is no text, by content hash and place."""
+    contents: bytes = b""
+    """The engine's own encoding of what the items are. A decode worker gets it too: see
+    docs/handoff.md. Empty for the simulated engine."""
 
 
 class Abort(_Message, frozen=True):
@@ -266,7 +277,7 @@ class KvStored(_Message, frozen=True):
     """Full blocks, each the next one's parent, are in the prefix cache now.
 
     Ids are the worker's own, small, and of one content for ever. What that is, a block's tokens
-    say, and those of all its parents: no hash of the worker's is told.
+    and items say, and those of all its parents: no hash of the worker's is told.
     """
 
     ids: list[int]
@@ -276,6 +287,8 @@ class KvStored(_Message, frozen=True):
     """`block_tokens` for each id."""
     salt: str | None = None
     lora: str | None = None
+    items: tuple[Item, ...] = ()
+    """As far as these blocks show them; offsets from the first one's first token."""
 
 
 class KvRemoved(_Message, frozen=True):

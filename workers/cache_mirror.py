@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from workers.api import KvCleared, KvRemoved, KvSnapshot, KvStored
+from workers.api import KvCleared, KvRemoved, KvSnapshot, KvStored, joined, within
 from workers.engines.base import Cleared, Removed, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
 
-    from workers.api import KvEvent
+    from workers.api import Item, KvEvent
     from workers.engines.base import CacheChange
 
 EVENTS_KEPT: Final = 4096
@@ -38,6 +38,7 @@ class _Block:
     token_ids: array[int]
     salt: str | None
     lora: str | None
+    items: tuple[Item, ...]
     here: bool = True
     children: int = 0
 
@@ -106,7 +107,9 @@ class CacheMirror:
             if number is None:
                 number, self._next_id = self._next_id, self._next_id + 1
                 tokens = array("I", change.token_ids[at * size : (at + 1) * size])
-                self._blocks[number] = _Block(key, parent, tokens, change.salt, change.lora)
+                items = within(change.items, at * size, (at + 1) * size)
+                block = _Block(key, parent, tokens, change.salt, change.lora, items)
+                self._blocks[number] = block
                 if parent >= 0:
                     self._blocks[parent].children += 1
             else:
@@ -119,8 +122,10 @@ class CacheMirror:
     def _told(self, change: Stored, ids: list[int], parent: int, first_token: int) -> None:
         if ids:
             size = len(change.token_ids) // len(change.keys)
-            tokens = change.token_ids[first_token : first_token + len(ids) * size]
-            self._tell(KvStored(ids, parent, tokens, change.salt, change.lora))
+            end = first_token + len(ids) * size
+            tokens = change.token_ids[first_token:end]
+            items = within(change.items, first_token, end)
+            self._tell(KvStored(ids, parent, tokens, change.salt, change.lora, items))
 
     def _remove(self, keys: list[Hashable]) -> None:
         ids = [number for key in keys if (number := self._ids.pop(key, None)) is not None]
@@ -161,23 +166,29 @@ def _parts(
 ) -> Iterator[KvSnapshot]:
     """What it reads of a block never changes. A parent is always older, and so told before."""
     events: list[KvEvent] = []
-    ids: list[int] = []
-    tokens = array("I")
-    first = None
+    row: list[tuple[int, _Block]] = []
     told = part = 0
     for number, block in zip(numbers, blocks, strict=True):
-        if first is not None and (block.parent != ids[-1] or told >= PART_TOKENS):
-            events.append(KvStored(ids, first.parent, tokens.tolist(), first.salt, first.lora))
-            ids, tokens, first = [], array("I"), None
+        if row and (block.parent != row[-1][0] or told >= PART_TOKENS):
+            events.append(_stored(row))
+            row = []
         if told >= PART_TOKENS:
             yield KvSnapshot(seq, part, False, events)
             events, told, part = [], 0, part + 1
-        first = first or block
-        ids.append(number)
-        tokens += block.token_ids
+        row.append((number, block))
         told += len(block.token_ids)
-    if first is not None:
-        events.append(KvStored(ids, first.parent, tokens.tolist(), first.salt, first.lora))
+    if row:
+        events.append(_stored(row))
     if gone:
         events.append(KvRemoved(gone))
     yield KvSnapshot(seq, part, True, events)
+
+
+def _stored(row: list[tuple[int, _Block]]) -> KvStored:
+    """Blocks, each the next one's parent, as one change."""
+    tokens, first = array("I"), row[0][1]
+    for _, block in row:
+        tokens += block.token_ids
+    items = joined((block.items for _, block in row), len(first.token_ids))
+    ids = [number for number, _ in row]
+    return KvStored(ids, first.parent, tokens.tolist(), first.salt, first.lora, items)

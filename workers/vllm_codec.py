@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from kvtransfer.core import items
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,24 +22,38 @@ _EXTRAS = ("new_logprobs", "new_prompt_logprobs_tensors", "routed_experts")
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(list[bytes]).decode
 
+items_of = items.items_of
+
 
 class Unreadable(Exception):
     """The bytes are no request of this vLLM's; the message says why."""
 
 
 def encode_request(request: EngineCoreRequest) -> bytes:
-    """The request without its prompt's token ids, which travel beside it, readable to all."""
+    """The request without its prompt's token ids and items, which travel beside it."""
     tokens, request.prompt_token_ids = request.prompt_token_ids, None
+    features, request.mm_features = request.mm_features, None
     try:
         return _join(MsgpackEncoder().encode(request))
     finally:
-        request.prompt_token_ids = tokens
+        request.prompt_token_ids, request.mm_features = tokens, features
 
 
-def decode_request(content: bytes, prompt_token_ids: list[int]) -> EngineCoreRequest:
-    """The request with its token ids again. Raises `Unreadable` for other bytes."""
+def encode_contents(request: EngineCoreRequest) -> bytes:
+    """Its items as the model takes them, megabytes each, where they stand; empty for text."""
+    return _join(MsgpackEncoder().encode(request.mm_features)) if request.mm_features else b""
+
+
+def decode_request(
+    content: bytes, prompt_token_ids: list[int], contents: bytes = b""
+) -> EngineCoreRequest:
+    """The request with its token ids and items again. Raises `Unreadable` for other bytes."""
     try:
         request = MsgpackDecoder(EngineCoreRequest).decode(_unpack(content))
+        if contents:
+            request.mm_features = MsgpackDecoder(list[MultiModalFeatureSpec]).decode(
+                _unpack(contents)
+            )
     # vLLM's decoder has no error of its own: the bytes may be wrong in any layer below it, or
     # right and refused by `SamplingParams`. A peer's bytes must not end this process.
     except Exception as error:
@@ -62,7 +79,9 @@ def decode_extras(content: bytes, into: EngineCoreOutput) -> None:
 
 
 def _join(frames: Sequence[Any]) -> bytes:
-    return _pack([bytes(frame) for frame in frames])
+    # Images are megabytes: they are copied once here, and not twice.
+    kinds = (bytes, bytearray, memoryview)
+    return _pack([f if isinstance(f, kinds) else bytes(f) for f in frames])
 
 
 def greedy(max_tokens: int) -> bytes:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from kvtransfer.core.items import marks
 from kvtransfer.protocol import LINK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvtransfer.core.items import Item
     from kvtransfer.protocol import Manifest
 
 
@@ -33,20 +35,28 @@ class Expectation:
 
 
 def chain(
-    token_ids: Sequence[int], block_tokens: int, *, salt: str | None, lora: str | None
+    token_ids: Sequence[int],
+    block_tokens: int,
+    *,
+    salt: str | None,
+    lora: str | None,
+    items: Sequence[Item] = (),
 ) -> bytes:
     """Links of the prompt's columns, its partial last one included, `LINK_BYTES` each.
 
-    Each link hashes the one before, so equal last links mean equal prompts, salts and adapters.
-    Fixed width and a packed head make the encoding canonical.
+    Each link hashes the one before, so equal last links mean equal prompts, items, salts and
+    adapters. Fixed width and a packed head make the encoding canonical. The items that overlap a
+    block are its hash's key: whatever they are called, no tokens hash to the same.
     """
     head = msgspec.msgpack.encode(["tandem chain 2", block_tokens, salt, lora])
     link = hashlib.blake2b(head, digest_size=LINK_BYTES).digest()
     links = []
     content = np.asarray(token_ids, dtype="<u4").tobytes()
-    for start in range(0, len(content), 4 * block_tokens):
+    starts = range(0, len(content), 4 * block_tokens)
+    for start, mark in zip(starts, marks(items, block_tokens), strict=False):
         block = content[start : start + 4 * block_tokens]
-        link = hashlib.blake2b(link + block, digest_size=LINK_BYTES).digest()
+        key = hashlib.blake2b(mark).digest() if mark else b""
+        link = hashlib.blake2b(link + block, digest_size=LINK_BYTES, key=key).digest()
         links.append(link)
     return b"".join(links)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from router.core.blocks import Link, next_link, root
-from workers.api import KvCleared, KvRemoved, KvStored
+from workers.api import KvCleared, KvRemoved, KvStored, marks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,10 +90,10 @@ class CacheView:
             link = self._links.get(event.parent)
         if link is None:
             raise Unsound
-        for at, number in enumerate(event.ids):
+        for at, (number, mark) in enumerate(zip(event.ids, marks(event.items, size), strict=False)):
             if number in self._links:
                 raise Unsound
-            link = next_link(link, event.token_ids[at * size : (at + 1) * size])
+            link = next_link(link, event.token_ids[at * size : (at + 1) * size], mark)
             self._links[number] = link
             self._index.add(self.worker_id, link)
 

@@ -13,7 +13,7 @@ from router.core.prefix_index import PrefixIndex
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from workers.api import KvEvent, KvSnapshot, WorkerHello
+    from workers.api import Item, KvEvent, KvSnapshot, WorkerHello
 
 ASK_INTERVAL_S: Final = 5.0
 """At least, between two questions for all that one cache holds."""
@@ -37,6 +37,7 @@ class Foretold:
     token_ids: Sequence[int]
     salt: str | None = None
     lora: str | None = None
+    items: tuple[Item, ...] = ()
 
 
 @dataclass(slots=True)
@@ -122,13 +123,17 @@ class Caches:
         return [c.view.worker_id for c in late if self._fits(c) and self._again(c, now)]
 
     def cached_tokens(
-        self, token_ids: Sequence[int], salt: str | None, lora: str | None
+        self,
+        token_ids: Sequence[int],
+        salt: str | None,
+        lora: str | None,
+        items: Sequence[Item] = (),
     ) -> dict[str, int]:
         """By worker, of the prompt's beginning; those without any are left out."""
         found: dict[str, int] = {}
         for block_tokens, index in self._indexes.items():
             if len(index):
-                blocks = index.cached(links(token_ids, block_tokens, salt, lora))
+                blocks = index.cached(links(token_ids, block_tokens, salt, lora, items))
                 found |= {worker: count * block_tokens for worker, count in blocks.items()}
         return found
 
@@ -146,11 +151,12 @@ class Caches:
             return False
         known = foretold.tokens
         if known < actual:
-            told = self.cached_tokens(foretold.token_ids, foretold.salt, foretold.lora)
+            of = foretold
+            told = self.cached_tokens(of.token_ids, of.salt, of.lora, of.items)
             known = min(actual, max(known, told.get(worker_id, 0)))
         cache.judged.append((abs(known - actual), len(foretold.token_ids)))
-        wrong, of = map(sum, zip(*cache.judged, strict=True))
-        if len(cache.judged) < JUDGED_MIN or wrong <= of * ERROR_SHARE_MAX:
+        wrong, asked = map(sum, zip(*cache.judged, strict=True))
+        if len(cache.judged) < JUDGED_MIN or wrong <= asked * ERROR_SHARE_MAX:
             return False
         self.disbelieved_total += 1
         cache.judged.clear()

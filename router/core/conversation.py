@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping, MutableMapping, Sequence
 
 OPENAI_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _QUOTED = re.compile(r"""["']([A-Za-z][\w.-]*)["']""")
@@ -31,3 +31,17 @@ def trouble(messages: Sequence[Mapping[str, Any]], roles: frozenset[str]) -> tup
             known = ", ".join(sorted(OPENAI_ROLES))
             return f"messages[{at}].role", f"role {role!r} is not known; known are {known}"
     return None
+
+
+def name_for(tenant: str, messages: Sequence[MutableMapping[str, Any]]) -> None:
+    """Make names that a client gives its images (`uuid`) the tenant's own.
+
+    Such a name stands for the image's content in caches that all tenants share. Left as it is, it
+    would bring one tenant's image to another who names it, or stand for another's image whose hash
+    it is.
+    """
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("uuid") is not None:
+                part["uuid"] = f"{tenant}/{part['uuid']}"

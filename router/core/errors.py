@@ -31,12 +31,12 @@ class NoWorkers(RouterError):
 
 
 class Overloaded(RouterError):
-    """The router holds as many requests as it may; nothing has been started."""
+    """The router holds as much as it may; nothing has been started."""
 
     status, code, retryable = 503, "overloaded", True
 
-    def __init__(self, *, live: int) -> None:
-        super().__init__(f"the router already holds {live} requests; try again shortly")
+    def __init__(self, *, holds: str) -> None:
+        super().__init__(f"the router already holds {holds}; try again shortly")
 
 
 class WorkerLost(RouterError):

@@ -240,6 +240,11 @@ def advance(state: State, event: Event) -> Step:
     return state, ()  # What comes after the end changes nothing.
 
 
+def can_begin_anew(state: State) -> bool:
+    """Another worker may yet be asked all of it."""
+    return state.can_begin_anew if isinstance(state, Decoding) else not isinstance(state, Ended)
+
+
 def stray(worker: str, ticket: bytes) -> tuple[Effect, ...]:
     """A ticket arrived that nobody awaits: its request ended or went elsewhere meanwhile."""
     return (ReleaseKV(worker, ticket),)

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from router.ask import Ask
 from router.asker import Asker, HeaderBad, read_asker
 from router.core.admission import PATIENCE_S
-from router.core.errors import ObjectiveOutOfReach, QueueFull, TenantOverRate
+from router.core.errors import ObjectiveOutOfReach, Overloaded, QueueFull, TenantOverRate
 from router.core.limits import Limits
 from router.dispatch import Dispatch
 from router.door import PUMP_S
@@ -74,6 +74,36 @@ def rests(f: Small) -> bool:
         not (w.promised or w.unheard or w._promised_blocks or w._unheard_tokens)
         for w in f.dispatch.fleet
     )
+
+
+def test_contents_are_held_up_to_a_bound_and_until_the_first_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Images for workers that may yet have to be asked: nobody has to be asked after a token."""
+    monkeypatch.setattr("router.door.CONTENTS_MAX", 100)
+    f = Small("d")
+    f.ask("one", 5, contents=b"x" * 60)
+    with pytest.raises(Overloaded):
+        f.ask("two", 5, contents=b"x" * 60)
+    f.ask("three", 5, contents=b"x" * 40)
+    f.step("d", Delta("one", [7]))
+    f.ask("four", 5, contents=b"x" * 60)
+    f.dispatch.cancel(["three"])
+    f.ask("five", 5, contents=b"x" * 40)
+    for name in ("one", "four", "five"):
+        f.end(name)
+    f.ask("six", 5, contents=b"x" * 100)
+    assert f.begun() == ["one", "three", "four", "five", "six"]
+    assert f.dispatch.door.refused["overloaded"] == 1
+
+
+def test_a_new_try_has_the_contents_again() -> None:
+    f = Small("d", "e")
+    f.ask("one", 5, contents=b"x")
+    first = f.where("one")
+    f.step(first, Delta("one", [], Finish.ERROR, error="no"))
+    again = [m for w, m in f.sent if isinstance(m, Generate) and w != first]
+    assert [m.contents for m in again] == [b"x"]
 
 
 def test_what_has_no_room_waits_and_begins_when_there_is() -> None:

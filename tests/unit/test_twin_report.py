@@ -58,7 +58,7 @@ def test_only_who_meets_both_objectives_counts() -> None:
     rig.say(1, 4.6, 1, last=True)
     rig.say(2, 3.0, 1)  # 0.5 a token: too slow.
     rig.say(2, 3.5, 1, last=True)
-    rig.outcomes.fail(name_of(3), Overloaded(live=1))
+    rig.outcomes.fail(name_of(3), Overloaded(holds="1 request"))
     rig.say(4, 4.1, 1)  # Began well, and failed.
     rig.outcomes.fail(name_of(4), TimedOut(waited_s=1))
     found = figures(rig.twin, Objective(ttft_s=2.0, itl_s=0.2))
@@ -90,7 +90,7 @@ def test_quantiles_are_by_nearest_rank() -> None:
 
 def test_a_run_without_any_token_is_told_too() -> None:
     rig = Rig(1)
-    rig.outcomes.fail(name_of(0), Overloaded(live=1))
+    rig.outcomes.fail(name_of(0), Overloaded(holds="1 request"))
     found = {"none": figures(rig.twin, Objective())}
     assert "| none" in table(found)
     assert json.loads(as_json({"seed": 1}, found))["policies"]["none"]["ttft_ms"] == {}

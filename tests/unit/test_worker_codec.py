@@ -71,6 +71,52 @@ def test_a_request_survives_without_its_tokens(codec: ModuleType) -> None:
     assert (back.cache_salt, back.priority, back.arrival_time) == ("salt", 3, 1.5)
 
 
+def picture_of(seed: int, offset: int) -> Any:
+    import torch
+    from vllm.multimodal.inputs import (
+        MultiModalBatchedField,
+        MultiModalFeatureSpec,
+        MultiModalFieldElem,
+        MultiModalKwargsItem,
+        PlaceholderRange,
+    )
+
+    pixels = torch.rand(40_000, generator=torch.Generator().manual_seed(seed))
+    content = MultiModalKwargsItem(
+        {"pixels": MultiModalFieldElem(data=pixels, field=MultiModalBatchedField())}
+    )
+    place = PlaceholderRange(offset, 3, torch.tensor([True, False, True]))
+    return MultiModalFeatureSpec(content, "image", f"hash-{seed}", place, f"hash-{seed}")
+
+
+def test_items_travel_beside_the_request_and_survive(codec: ModuleType) -> None:
+    import torch
+
+    request = request_for([9] * 20, max_tokens=2)
+    request.mm_features = features = [picture_of(1, 2), picture_of(2, 10)]
+    content, contents = codec.encode_request(request), codec.encode_contents(request)
+    assert len(content) < 2000 < 2 * 160_000 < len(contents) < 2 * 160_000 + 2000
+    assert request.mm_features is features, "encoding changes nothing"
+    back = codec.decode_request(content, [9] * 20, contents)
+    for ours, theirs in zip(back.mm_features, features, strict=True):
+        assert torch.equal(ours.data["pixels"].data, theirs.data["pixels"].data)
+        assert torch.equal(ours.mm_position.is_embed, theirs.mm_position.is_embed)
+    assert codec.items_of(back.mm_features) == codec.items_of(features)
+    assert [i.offset for i in codec.items_of(features)] == [2, 10]
+
+
+def test_text_has_no_contents(codec: ModuleType) -> None:
+    request = request_for([1])
+    assert codec.encode_contents(request) == b""
+    assert codec.decode_request(codec.encode_request(request), [1]).mm_features is None
+
+
+@pytest.mark.parametrize("contents", [b"junk", b"\x91\xc4\x02{}", b"\x90"])
+def test_other_contents_are_refused_as_such(codec: ModuleType, contents: bytes) -> None:
+    with pytest.raises(codec.Unreadable):
+        codec.decode_request(codec.encode_request(request_for([1])), [1], contents)
+
+
 def test_structured_output_survives(codec: ModuleType) -> None:
     from vllm.sampling_params import StructuredOutputsParams
 

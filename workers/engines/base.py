@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
 
-    from workers.api import Delta, Generate, Load
+    from workers.api import Delta, Generate, Item, Load
 
     OnStep = Callable[[Load, list[Delta]], None]
 
@@ -41,6 +41,8 @@ class Stored:
     """`block_tokens` for each."""
     salt: str | None = None
     lora: str | None = None
+    items: tuple[Item, ...] = ()
+    """As far as these blocks show them; offsets from the first one's first token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from math import inf
 from typing import TYPE_CHECKING, Final
 
 from workers.api import Delta, Finish, Generate, Load, Phase
-from workers.engines.base import Removed, Stored
+from workers.engines.base import Removed
 from workers.engines.sim_blocks import BlockPool
 from workers.engines.sim_handoff import PULL_NAP_S, Awaited, Keeper, Pull, release, source_of
-from workers.engines.sim_requests import Run, run_of
+from workers.engines.sim_requests import Run, run_of, stored
 from workers.engines.sim_steps import lasting_s, step_of, steps_within
 
 if TYPE_CHECKING:
@@ -261,14 +261,9 @@ class SimModel:
                 break  # Its like is there already: this one and what follows stay unshared.
             run.fresh -= 1
             run.shared.append(block)
-        if keys := run.shared[first:]:
+        if run.shared[first:]:
             self._note_evicted()
-            asked = run.generate
-            tokens = asked.prompt_token_ids[first * size : (first + len(keys)) * size]
-            parent = run.shared[first - 1] if first else None
-            self._changes.append(
-                Stored(list(keys), parent, tokens, asked.cache_salt, asked.lora_name)
-            )
+            self._changes.append(stored(run, first, size))
 
     def _note_evicted(self) -> None:
         """Before anything that is stored after it: a block may come back."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_intdigest
 
-from workers.api import Phase
+from workers.api import Phase, marks, within
+from workers.engines.base import Stored
 
 if TYPE_CHECKING:
     from workers.api import Generate
@@ -72,8 +73,9 @@ def run_of(generate: Generate, arrived: int, settings: SimSettings) -> Run | str
         return reason
     salt = zlib.crc32(f"{generate.cache_salt}\0{generate.lora_name}".encode())
     hashes, link, size = [], salt, settings.block_tokens * 4
-    for end in range(size, len(content) + 1, size):
-        link = xxh3_64_intdigest(content[end - size : end], link)
+    ends = range(size, len(content) + 1, size)
+    for end, mark in zip(ends, marks(generate.items, settings.block_tokens), strict=False):
+        link = xxh3_64_intdigest(content[end - size : end] + mark, link)
         hashes.append(link)
     most = generate.max_tokens
     if generate.params.isdigit():  # Where it stops by itself; what a front sends is vLLM's.
@@ -82,9 +84,22 @@ def run_of(generate: Generate, arrived: int, settings: SimSettings) -> Run | str
         generate,
         arrived,
         output_max=min(most, settings.max_model_len - len(prompt)),
-        checksum=zlib.crc32(content),
+        checksum=zlib.crc32(content + next(marks(generate.items, max(1, len(prompt))))),
         hashes=hashes,
         length=len(prompt),
+    )
+
+
+def stored(run: Run, first: int, block_tokens: int) -> Stored:
+    """The prompt's shared blocks from `first` on, as a change of the prefix cache."""
+    asked, start, end = run.generate, first * block_tokens, len(run.shared) * block_tokens
+    return Stored(
+        list(run.shared[first:]),
+        run.shared[first - 1] if first else None,
+        asked.prompt_token_ids[start:end],
+        asked.cache_salt,
+        asked.lora_name,
+        within(asked.items, start, end),
     )
 
 

@@ -14,10 +14,16 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvtransfer.refusal import Causes, one_line
 from kvtransfer.releases import ReleaseClient
-from workers.api import Delta, Finish, Load, Phase, Step
+from workers.api import Delta, Finish, Item, Load, Phase, Step
 from workers.engines.base import Cleared, EngineDead, EngineFacts, Removed, Stored
 from workers.engines.vllm_core_process import executor_class
-from workers.engines.vllm_requests import BadRequest, core_request, delta_of, warm_up_request
+from workers.engines.vllm_requests import (
+    BadRequest,
+    core_request,
+    delta_of,
+    embeddings_max,
+    warm_up_request,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,6 +67,7 @@ class VllmEngine:
         self._stats: SchedulerStats | None = None
         self._causes = Causes()
         self._core: Any = None
+        self._embeddings_max = 0
 
     async def start(self) -> EngineFacts:
         # It takes as long as the model takes to load, and probes must be answered meanwhile.
@@ -73,6 +80,7 @@ class VllmEngine:
             )
         except Exception as error:  # Whatever it is, it is the engine's end.
             raise self._dead("did not start", error) from error
+        self._embeddings_max = await asyncio.to_thread(embeddings_max, self._config)
         try:
             # vLLM compiles for a batch of one, and once more for all larger ones.
             await self._warm_up(1)
@@ -194,7 +202,7 @@ class VllmEngine:
                 await self._core.abort_requests_async(command)
                 continue
             try:
-                request = core_request(command, self._config)
+                request = core_request(command, self._config, self._embeddings_max)
             except BadRequest as bad:
                 self._reject(command.request_id, str(bad))
             else:
@@ -277,8 +285,8 @@ class VllmEngine:
 def _change(told: list[Any]) -> CacheChange:
     """As the connector's scheduler half writes it (`kvtransfer.vllm_scheduler`)."""
     match told:
-        case [keys, parent, token_ids, salt, lora]:
-            return Stored(keys, parent, token_ids, salt, lora)
+        case [keys, parent, token_ids, salt, lora, items]:
+            return Stored(keys, parent, token_ids, salt, lora, tuple(Item(*i) for i in items))
         case [keys]:
             return Removed(keys)
     return Cleared()

@@ -41,6 +41,9 @@ def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) 
     if args.kv_connector == "tandem":
         # Our connector takes them itself; nothing is published.
         engine_args.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    # Routers send every item whole, since no router knows what an engine has seen: a cache of them
+    # here would take gigabytes and never be asked.
+    engine_args.mm_processor_cache_gb = 0
     if args.role != "prefill":
         _whole_prompts_on_cpu(engine_args)
     return engine_args.create_engine_config()

@@ -11,7 +11,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from kvtransfer.protocol import TicketUnreadable, decode_ticket
 from workers.api import MALFORMED, Delta, Finish, Generate, Phase
-from workers.vllm_codec import Unreadable, decode_request, encode_extras
+from workers.vllm_codec import Unreadable, decode_request, encode_extras, items_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,7 +30,24 @@ class BadRequest(Exception):
     """The request can't be served by this engine, whoever sends it."""
 
 
-def core_request(generate: Generate, config: VllmConfig) -> EngineCoreRequest:
+def embeddings_max(config: VllmConfig) -> int:
+    """Embeddings of one item that the engine can hold; 0 for a model of text.
+
+    vLLM's front compares with its own configuration's. An engine that has less room waits for ever
+    to schedule a larger item, and all that has come since waits behind it.
+    """
+    if not config.model_config.supports_multimodal_inputs:
+        return 0
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.encoder_budget import MultiModalBudget
+
+    budget = MultiModalBudget(config, MULTIMODAL_REGISTRY)
+    return int(min(budget.encoder_cache_size, budget.encoder_compute_budget))
+
+
+def core_request(
+    generate: Generate, config: VllmConfig, embeddings_max: int = 0
+) -> EngineCoreRequest:
     """What to ask of the engine core for this phase. Raises `BadRequest`."""
     tokens = generate.prompt_token_ids
     limit = config.model_config.max_model_len
@@ -42,17 +59,18 @@ def core_request(generate: Generate, config: VllmConfig) -> EngineCoreRequest:
     if not 0 <= min(tokens) <= max(tokens) < vocabulary:
         raise BadRequest(f"a token id is outside the model's vocabulary of {vocabulary}")
     try:
-        request = decode_request(generate.params, tokens)
+        request = decode_request(generate.params, tokens, generate.contents)
     except Unreadable as error:
-        raise BadRequest(f"sampling parameters are not readable: {error}") from None
+        raise BadRequest(f"parameters are not readable: {error}") from None
     if request.sampling_params is None:
         raise BadRequest("only generation is served")
     if request.lora_request is not None:
         raise BadRequest("LoRA adapters are not served yet")
+    _check_items(request, generate, embeddings_max)
     request.request_id = generate.request_id
     request.external_req_id = None
     request.arrival_time = time.time()
-    handed = _tokens_handed_over(request, generate)
+    handed = len(tokens) if _nixl(config) else _tokens_handed_over(request, generate)
     if generate.phase is Phase.PREFILL and request.sampling_params.prompt_logprobs is None:
         # The decode worker computes what is not handed over, and nobody needs it twice.
         request.prompt_token_ids = tokens[: handed or None]
@@ -70,9 +88,22 @@ def _tokens_handed_over(request: EngineCoreRequest, generate: Generate) -> int:
     count = len(generate.prompt_token_ids)
     if generate.relay:
         return count
-    items = request.mm_features or []
-    ends = [f.mm_position.offset + f.mm_position.length for f in items]
+    ends = [item.offset + item.length for item in items_of(request.mm_features)]
     return count if count in ends else count - 1
+
+
+def _check_items(request: EngineCoreRequest, generate: Generate, embeddings_max: int) -> None:
+    features = request.mm_features or ()
+    if items_of(features) != generate.items:
+        raise BadRequest("the items told of are not the request's")
+    for feature in features:
+        if feature.data is None:  # The engine keeps none either: see `vllm_config`.
+            raise BadRequest(f"the {feature.modality} at {feature.mm_position.offset} is missing")
+        if (size := feature.mm_position.get_num_embeds()) > embeddings_max:
+            raise BadRequest(
+                f"the {feature.modality} at token {feature.mm_position.offset} has {size} "
+                f"embeddings, the worker has room for {embeddings_max}"
+            )
 
 
 def warm_up_request(request_id: str) -> EngineCoreRequest:
@@ -161,8 +192,7 @@ def _shape(
     params: SamplingParams, generate: Generate, config: VllmConfig, handed: int
 ) -> SamplingParams:
     params = params.clone()
-    transfer = config.kv_transfer_config
-    nixl = transfer is not None and transfer.kv_connector == "NixlConnector"
+    nixl = _nixl(config)
     if generate.generated:
         assert params.max_tokens is not None
         params.max_tokens -= generate.generated
@@ -183,6 +213,12 @@ def _shape(
         extra["kv_transfer_params"] = hand_off
     params.extra_args = extra or None
     return params
+
+
+def _nixl(config: VllmConfig) -> bool:
+    """The handoff is vLLM's own connector's, which moves whole prompts."""
+    transfer = config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == "NixlConnector"
 
 
 def _produce(generate: Generate, handed: int) -> dict[str, Any]:
