@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tests.architectures.models import LAYERS, WINDOW
 from tests.architectures.prompts import BLOCK
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +50,33 @@ Options = dict[str, Any]
 """Fields of a `Family`."""
 
 
+HEAD_BYTES = 2 * 2 * 32 * 4
+"""Of one layer of the tiny models for one token: K and V of two heads of 32 floats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """The most that a handoff must move where some layers look back `WINDOW` tokens only."""
+
+    layers_full: int
+    layers_sliding: int
+    full_bytes: int = HEAD_BYTES
+    """Of one full layer for one token."""
+    sliding_block: int = BLOCK
+    """Tokens a block of the sliding layers: vLLM makes blocks of all groups equal in bytes."""
+
+    def bytes_max(self, tokens: int) -> int:
+        """Of a prompt of so many tokens."""
+        full = _ceil(tokens, BLOCK) * BLOCK * self.layers_full * self.full_bytes
+        # A window begins inside a block, and so ends inside one more than it fills.
+        blocks = min(_ceil(tokens, self.sliding_block), WINDOW // self.sliding_block + 1)
+        return full + blocks * self.sliding_block * self.layers_sliding * HEAD_BYTES
+
+
+def _ceil(tokens: int, block: int) -> int:
+    return -(-tokens // block)
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One row. Flags are vLLM's own, in addition to those of every engine here."""
@@ -74,8 +98,8 @@ class Family:
     """Engine arguments of the reference, beside those of every reference."""
     change: str | None = None
     """One of the zygote's `CHANGES`, made in every engine of the group."""
-    bytes_max: Callable[[int], int] | None = None
-    """Bytes that a handoff of a prompt of so many tokens may move; None where nothing is saved."""
+    windows: Windows | None = None
+    """None where every layer attends to the whole prompt."""
     caches: bool = True
     """Whether its engines keep a prefix cache."""
     batch_tolerance: float = 1e-3
@@ -84,26 +108,10 @@ class Family:
     """A module that vLLM needs for it, which not every environment has."""
     images: bool = False
     """Whether `test_images` asks it with images."""
-    seen: bool = False
-    """Whether what is expected has been seen to come true; the table in docs/models.md says so."""
+    seen: str = ""
+    """In which runs what is expected was seen to come true: docs/models.md says so."""
     short: bool = False
     """Whether it is in `make test` too."""
-
-
-HEAD_BYTES = 2 * 2 * 32 * 4
-"""Of one layer of the tiny models for one token: K and V of two heads of 32 floats."""
-
-
-def sliding(layers_full: int, layers_sliding: int) -> Callable[[int], int]:
-    """The most that a model with `layers_sliding` layers of `WINDOW` needs for its next token."""
-
-    def bytes_max(tokens: int) -> int:
-        blocks = -(-tokens // BLOCK)
-        # A window begins inside a block, and the block that is being filled comes on top.
-        inside = min(blocks, WINDOW // BLOCK + 1)
-        return (blocks * layers_full + inside * layers_sliding) * BLOCK * HEAD_BYTES
-
-    return bytes_max
 
 
 NO_HYBRID: Options = {
@@ -118,58 +126,68 @@ NGRAM = (
 ENCODES = Refused("Whisper|encoder", "an encoder beside its decoder")
 POOLS = Refused("pool|generat", "it generates nothing")
 
+ONCE = "tokens over `ucx`, 3 rounds"
+REFUSES = "vLLM's error"
+
 FAMILIES: tuple[Family, ...] = (
-    Family("llama", "llama", "full attention", short=True),
-    Family("qwen2", "qwen2", "full attention"),
-    Family("qwen3", "qwen3", "full attention"),
+    Family("llama", "llama", "full attention", seen=ONCE, short=True),
+    Family("qwen2", "qwen2", "full attention", seen=ONCE),
+    Family("qwen3", "qwen3", "full attention", seen=ONCE),
     Family("qwen3-moe", "qwen3-moe", "full attention"),
     Family("mixtral", "mixtral", "full attention"),
-    Family("phi3", "phi3", "full attention"),
-    Family("gpt2", "gpt2", "full attention"),
+    Family("phi3", "phi3", "full attention", seen=ONCE),
+    Family("gpt2", "gpt2", "full attention", seen=ONCE),
     Family("opt", "opt", "full attention"),
     Family(
         "mistral", "mistral", "sliding window, one group",
-        bytes_max=sliding(0, LAYERS), short=True,
+        windows=Windows(0, LAYERS), short=True,
     ),
     Family(
         "gemma3-sliding", "gemma3-sliding", "sliding window, one group",
-        bytes_max=sliding(0, LAYERS),
+        windows=Windows(0, LAYERS),
     ),
-    Family("gemma2", "gemma2", "sliding and full groups", bytes_max=sliding(2, 2)),
+    Family("gemma2", "gemma2", "sliding and full groups", windows=Windows(2, 2)),
     Family(
-        "gemma3", "gemma3", "sliding and full groups", bytes_max=sliding(2, 4), short=True
+        "gemma3", "gemma3", "sliding and full groups", windows=Windows(2, 4), short=True
     ),
-    Family("gpt-oss", "gpt-oss", "sliding and full groups, sinks", bytes_max=sliding(2, 2)),
-    Family("llama4", "llama4", "chunked local and full groups"),
+    Family("gpt-oss", "gpt-oss", "sliding and full groups, sinks", windows=Windows(2, 2)),
+    Family("llama4", "llama4", "chunked local and full groups", windows=Windows(1, 3)),
     Family(
-        "gemma4", "gemma4", "sliding and full groups, unlike head sizes", short=True
+        "gemma4", "gemma4", "sliding and full groups, unlike head sizes",
+        windows=Windows(2, 4, full_bytes=2 * HEAD_BYTES, sliding_block=2 * BLOCK), short=True,
     ),
     Family("gemma2 no hybrid", "gemma2", "full attention for all layers", **NO_HYBRID),
-    Family("gemma3 no hybrid", "gemma3", "full attention for all layers", **NO_HYBRID),
-    Family("gpt-oss no hybrid", "gpt-oss", "full attention for all layers", **NO_HYBRID),
+    Family(
+        "gemma3 no hybrid", "gemma3", "full attention for all layers", **NO_HYBRID, seen=ONCE
+    ),
+    Family(
+        "gpt-oss no hybrid", "gpt-oss", "full attention for all layers", **NO_HYBRID, seen=ONCE
+    ),
     Family("llama4 no hybrid", "llama4", "full attention for all layers", **NO_HYBRID),
     Family("gemma4 no hybrid", "gemma4", "full attention, unlike head sizes", **NO_HYBRID),
     Family("deepseek-v2", "deepseek-v2", "latent (MLA)"),
     Family(
         "deepseek-v3.2", "deepseek-v3.2", "latent (MLA), sparse",
         NotHere("vLLM has no sparse attention there", "Sparse Attention is not supported on CPU"),
-        seen=True,
+        seen=REFUSES,
     ),
     Family("mamba2", "mamba2", "Mamba states", block=None, caches=False),
     Family("granite4", "granite4", "Mamba states and full attention", block=None, caches=False),
     Family(
         "jamba", "jamba", "Mamba-1 states and full attention",
         NotHere("vLLM's CPU build has no scan of Mamba-1", "no attribute 'selective_scan_fwd'"),
-        block=None, seen=True,
+        block=None, seen=REFUSES,
     ),
     Family(
         "llama, larger blocks", "llama", "full attention", given="blocks larger than the kernels'",
         block=128, change="kernel blocks of 32",
     ),
-    Family("llama, ngram", "llama", "full attention", flags=NGRAM, given="ngram speculation"),
+    Family("llama, ngram", "llama", "full attention", flags=NGRAM, given="ngram speculation",
+        seen=ONCE,
+    ),
     Family(
         "llama, ngram decode", "llama", "full attention", decode_flags=NGRAM,
-        given="ngram speculation, decode workers alone",
+        given="ngram speculation, decode workers alone", seen=ONCE,
     ),
     Family(
         "llama, fp8 KV", "llama", "full attention", given="`--kv-cache-dtype fp8`",
@@ -178,7 +196,7 @@ FAMILIES: tuple[Family, ...] = (
         expected=NotHere(
             "it needs AVX-512 or AMX", "FP8 KV cache on CPU requires x86", runs_with="avx512f"
         ),
-        seen=True,
+        seen=REFUSES,
     ),
     Family(
         "qwen2-vl", "qwen2-vl", "full attention", needs="torchvision", images=True

@@ -70,7 +70,8 @@ class _Asker:
     def __init__(self, group: ForkedGroup, model: str) -> None:
         self._group = group
         self._model = model
-        limits = httpx.Limits(max_connections=2 * len(PROMPTS))
+        # A connection that is kept may be closed by the server just as it is used again.
+        limits = httpx.Limits(max_keepalive_connections=0)
         self._http = httpx.Client(base_url=group.url, timeout=ANSWER_S, limits=limits)
 
     def __enter__(self) -> Self:

@@ -246,7 +246,9 @@ class Bench:
 
 
 def last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    """Without what Python's own tracker of semaphores says after a process has gone."""
+    lines = (line.strip() for line in reversed(text.splitlines()))
+    return next((line for line in lines if line and "resource_tracker" not in line), "")
 
 
 def _facts(run: Run) -> dict[str, Any]:

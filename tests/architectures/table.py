@@ -30,7 +30,7 @@ def _line(family: Family) -> tuple[str, ...]:
         ("yes" if family.images else "no") if served else "",
         "not yet" if served else "",
         _checked(family),
-        "yes" if family.seen else "not yet run",
+        family.seen or "not yet run",
     )
 
 
@@ -45,7 +45,7 @@ def _handoff(family: Family) -> str:
 
 
 def _moved(family: Family) -> str:
-    return "all" if family.bytes_max is None else "windows alone"
+    return "all" if family.windows is None else "windows alone"
 
 
 def _checked(family: Family) -> str:

@@ -88,12 +88,12 @@ def test_a_prompt_is_computed_once_and_handed_over(run: Run, name: str) -> None:
 @each_run
 def test_a_window_alone_is_handed_over(run: Run) -> None:
     """What is before it, no token to come attends to."""
-    bytes_max = run.family.bytes_max
-    if bytes_max is None:
+    windows = run.family.windows
+    if windows is None:
         pytest.skip("all of its blocks are attended to")
     answers = started(run).passes.answers[ONE_BY_ONE]
     moved = {name: answer.record.get("kv_bytes", 0) for name, answer in answers.items()}
-    assert {n: b for n, b in moved.items() if b > bytes_max(len(PROMPTS[n]))} == {}
+    assert {n: b for n, b in moved.items() if b > windows.bytes_max(len(PROMPTS[n]))} == {}
 
 
 @each_run
