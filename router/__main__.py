@@ -31,6 +31,7 @@ from router.link import Curve, Links
 from router.metrics import CacheMetrics, DemandMetrics, HandoffMetrics, Metrics, QueueMetrics
 from router.settings import RouterSettings
 from workers.addresses import write_addresses
+from workers.constraints import constraints
 from workers.digests import model_digest, tokenizer_digest
 from workers.flags import read_settings
 from workers.keys import KeyFileBad, read_public, read_secret
@@ -140,6 +141,7 @@ async def _serve(
         tokenizer_digest=digests[1],
         max_model_len=config.model_config.max_model_len,
         vllm_version=VLLM_VERSION,
+        constraints=constraints(config),
     )
 
     def send(worker_id: str, message: ToWorker) -> None:

@@ -18,6 +18,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
+from vllm.reasoning import ReasoningParserManager
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -25,6 +26,7 @@ from router.asker import AskerMiddleware, asker
 from router.core.conversation import name_for, roles_in, trouble
 from router.engine import Broken, Refusal
 from router.plain import splice
+from workers.flags import config_apart
 
 if TYPE_CHECKING:
     import argparse
@@ -45,7 +47,7 @@ VLLM_VERSION: str = vllm.__version__
 def front_args(model: str, flags: list[str]) -> argparse.Namespace:
     """vLLM's own front flags; a bad one ends the process as argparse does."""
     parser = make_arg_parser(FlexibleArgumentParser(prog="tandem router"))
-    args: argparse.Namespace = parser.parse_args(["--model", model, *flags])
+    args: argparse.Namespace = parser.parse_args(["--model", model, *config_apart(flags)])
     if args.lora_modules:
         parser.error("--lora-modules: adapters are not served yet")
     if args.enable_mm_embeds:
@@ -57,11 +59,15 @@ def front_args(model: str, flags: list[str]) -> argparse.Namespace:
 
 def front_config(args: argparse.Namespace) -> VllmConfig:
     """A configuration without a device: enough to render, tokenize and validate."""
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     model_config = engine_args.create_model_config()
     # No weights are loaded here, so their kernels need not exist on this machine.
     model_config.quantization = None
     envs.VLLM_CPU_KVCACHE_SPACE = 0
+    # What a thinking budget needs, as an engine's own configuration would have it.
+    engine_args._set_default_reasoning_config_args()
     return VllmConfig(
         model_config=model_config,
         # vLLM's word for a front that is not alone with its engine. By itself such a front sends an
@@ -70,6 +76,7 @@ def front_config(args: argparse.Namespace) -> VllmConfig:
         parallel_config=ParallelConfig(_api_process_count=2),
         logging_config=engine_args.create_logging_config(),
         structured_outputs_config=engine_args.create_structured_outputs_config(),
+        reasoning_config=engine_args.reasoning_config,
     )
 
 

@@ -197,6 +197,9 @@ class WorkerHello(_Message, frozen=True):
     """It says what its prefix cache holds; else nothing is known of it."""
     step_tokens: int = 0
     """Prompt tokens that one step computes at most; 0 when it does not say."""
+    constraints: str = ""
+    """How it constrains what it generates (`workers.constraints`); the router's front must have
+    the same."""
 
 
 class Refused(_Message, frozen=True):

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Self
 import httpx
 
 from deploy.local.parts import Part, end
+from workers.constraints import FLAGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-_SHARED_FLAGS = ("--max-model-len", "--dtype")
+_SHARED_FLAGS = ("--max-model-len", "--dtype", *FLAGS)
 """Flags that the router must have as the workers do."""
 
 
@@ -138,12 +139,7 @@ class LocalGroup:
         return self._part(name, ["worker", *own, *flags], core)
 
     def _make_router(self, name: str, flags: Sequence[str]) -> Part:
-        shared = []
-        for at, flag in enumerate(self._flags):
-            if flag in _SHARED_FLAGS:
-                shared += self._flags[at : at + 2]
-            elif flag.startswith(tuple(f"{f}=" for f in _SHARED_FLAGS)):
-                shared.append(flag)
+        shared = shared_flags(self._flags)
         own = ["--model", self._model, "--workers", ",".join(w.channel for w in self.workers)]
         return self._part(
             name,
@@ -169,3 +165,17 @@ class LocalGroup:
 
         self._await_ready(router)
         router.wait_for(acquainted, self.check)
+
+
+def shared_flags(flags: Sequence[str]) -> list[str]:
+    """Those of the workers' flags that the router must have too, with their values, in order.
+
+    A flag's value follows it, or an equals sign; one of JSON may have a key of its own instead
+    (`--structured-outputs-config.backend xgrammar`).
+    """
+    shared: list[str] = []
+    for at, flag in enumerate(flags):
+        name, equals, _ = flag.partition("=")
+        if name.split(".", 1)[0].replace("_", "-") in _SHARED_FLAGS:
+            shared += [flag] if equals else flags[at : at + 2]
+    return shared

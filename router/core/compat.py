@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from workers.api import WorkerHello
 
 
+NO_CONSTRAINTS: Final = "vLLM's defaults"
+
+
 @dataclass(frozen=True, slots=True)
 class RouterFacts:
     """What this router serves. A digest of None is not compared: it has nothing to compare."""
@@ -27,6 +30,8 @@ class RouterFacts:
     vllm_version: str | None = None
     """The front's. Requests travel in vLLM's own encoding, which has no names and no version: of
     another release they would be misread, and clients told that they are wrong."""
+    constraints: str | None = None
+    """The front's (`workers.constraints`)."""
 
 
 def refusal(router: RouterFacts, worker: WorkerHello) -> str | None:
@@ -46,6 +51,14 @@ def refusal(router: RouterFacts, worker: WorkerHello) -> str | None:
                 f"worker {worker.worker_id} ({worker.model}, {worker.engine} "
                 f"{worker.engine_version}) has {theirs}"
             )
+    if worker.engine == "vllm" and router.constraints not in (None, worker.constraints):
+        return (
+            f"reasoning parser or structured outputs differ: router {router.router_id} "
+            f"({router.model}) has {router.constraints or NO_CONSTRAINTS}, worker "
+            f"{worker.worker_id} ({worker.role}) has {worker.constraints or NO_CONSTRAINTS}: start "
+            "all with the same --reasoning-parser, --reasoning-config and "
+            "--structured-outputs-config"
+        )
     if worker.max_model_len < router.max_model_len:
         return (
             f"worker {worker.worker_id} serves at most {worker.max_model_len} tokens, router "

@@ -565,6 +565,30 @@ def test_the_pages_folder_and_patch_build(tmp_path: Path) -> None:
     assert {p.container["image"] for p in found} == {"REGISTRY/tandem:0.1.0-cpu"}
 
 
+def test_one_file_of_vllm_s_flags_reaches_all_roles(tmp_path: Path) -> None:
+    page = (TOP / "docs/kubernetes.md").read_text(encoding="utf-8")
+    example = re.search(
+        r"^```yaml\n(components:.*?vllm-config.*?)```", page, re.DOTALL | re.MULTILINE
+    )
+    assert example
+    text = example[1].replace("../deploy/k8s", os.path.relpath(K8S, tmp_path))
+    base = f"resources: [{os.path.relpath(K8S / 'overlays/gpu', tmp_path)}]\nnamespace: tandem\n"
+    (tmp_path / "kustomization.yaml").write_text(base + text, encoding="utf-8")
+    objects = build(tmp_path)
+    (file,) = named(objects, "ConfigMap")["tandem-vllm"]["data"].items()
+    assert file[0] == "vllm.yaml"
+    assert yaml.safe_load(file[1])["reasoning-parser"] == "qwen3"
+    group = [p for p in pods(objects) if p.role in ("router", "prefill", "decode")]
+    assert {p.role for p in group} == {"router", "prefill", "decode"}
+    for pod in group:
+        at = pod.args().index("--config")
+        folder = os.path.dirname(pod.args()[at + 1])
+        [mounted] = [m for m in pod.container["volumeMounts"] if m["mountPath"] == folder]
+        [volume] = [v for v in pod.spec["volumes"] if v["name"] == mounted["name"]]
+        assert volume["configMap"]["name"] == "tandem-vllm"
+        assert os.path.basename(pod.args()[at + 1]) == "vllm.yaml"
+
+
 def test_every_overlay_and_component_is_on_the_page() -> None:
     page = (TOP / "docs/kubernetes.md").read_text(encoding="utf-8")
     names = [p.name for place in ("overlays", "components") for p in (K8S / place).iterdir()]

@@ -28,6 +28,7 @@ class EngineFacts:
     handoff_endpoint: str = ""
     tells_cache: bool = True
     step_tokens: int = 0
+    constraints: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from kvtransfer.refusal import Causes, one_line
 from kvtransfer.releases import ReleaseClient
 from workers.api import Delta, Finish, Item, Load, Phase, Step
+from workers.constraints import constraints
 from workers.engines.base import Cleared, EngineDead, EngineFacts, Removed, Stored
 from workers.engines.vllm_core_process import executor_class
 from workers.engines.vllm_requests import (
@@ -103,6 +104,7 @@ class VllmEngine:
             handoff_endpoint=connector.get("endpoint", ""),
             tells_cache="cache" in connector,
             step_tokens=self._config.scheduler_config.max_num_batched_tokens,
+            constraints=constraints(self._config),
         )
 
     async def _warm_up(self, together: int) -> None:

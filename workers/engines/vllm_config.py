@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from kvtransfer.refusal import Unserved
 from workers.engines.vllm_served import check_flags, check_model
+from workers.flags import config_apart
 
 if TYPE_CHECKING:
     import argparse
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from workers.server import Identity
 
+EXTENSION: Final = "workers.engines.vllm_worker_process.WorkerExtension"
+"""By name: vLLM's processes import it, and this one need not."""
 _KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "mixed": "kv_both"}
 
 
@@ -44,8 +47,7 @@ def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) 
     # Routers send every item whole, since no router knows what an engine has seen: a cache of them
     # here would take gigabytes and never be asked.
     engine_args.mm_processor_cache_gb = 0
-    if args.role != "prefill":
-        _whole_prompts_on_cpu(engine_args)
+    engine_args.worker_extension_cls = EXTENSION
     return engine_args.create_engine_config()
 
 
@@ -62,22 +64,8 @@ def parsed(model: str, flags: list[str]) -> AsyncEngineArgs:
     parser = AsyncEngineArgs.add_cli_args(Parser(prog="tandem worker"))
     # vLLM's default policy ignores priorities without a word.
     parser.set_defaults(model=model, scheduling_policy="priority")
-    return AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", model, *flags]))
-
-
-def _whole_prompts_on_cpu(engine_args: AsyncEngineArgs) -> None:
-    """On a CPU, compute each prompt in one step wherever a seed may come with it.
-
-    vLLM 0.32 rewinds a seeded request's generator after each step that ends inside its prompt, and
-    PyTorch's CPU generators can't be: the engine dies. Prefill workers sample without seeds.
-    """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
-    length = engine_args.create_model_config().max_model_len
-    engine_args.enable_chunked_prefill = False
-    engine_args.max_num_batched_tokens = max(engine_args.max_num_batched_tokens or 0, length)
+    given = ["--model", model, *config_apart(flags)]
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(given))
 
 
 def _transfer(args: argparse.Namespace, identity: Identity) -> KVTransferConfig:
