@@ -124,7 +124,10 @@ def twice(answer: Answer) -> str | None:
         return str(record["kv_failed"])
     if record["attempts"] != 1:
         return f"{record['attempts']} attempts"
-    return None if record["kv_tokens"] > 0 else "no KV tokens were handed over"
+    # A prompt's last token is the decode worker's, unless the first of the answer was relayed.
+    nothing_before = record["prompt_tokens"] == 1
+    handed = record["kv_tokens"] > 0 or nothing_before
+    return None if handed else "no KV tokens were handed over"
 
 
 def _counted(judged: dict[str, Judged]) -> str:
