@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from math import lcm
 from typing import TYPE_CHECKING, Final
 
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    KVCacheSpecKind,
     KVQuantMode,
     MambaSpec,
     MLAAttentionSpec,
@@ -42,6 +44,7 @@ QUANTIZED: Final = (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)
 """Others keep scales beside the blocks."""
 DRAFTERS: Final = ("ngram",)
 """Ways to speculate that keep no KV of their own."""
+LATENT: Final = KVCacheSpecKind.MLA_ATTENTION.value
 APART: Final = "a mixed worker with --kv-connector none"
 
 
@@ -71,6 +74,12 @@ def refuse_unserved(config: VllmConfig, cache: KVCacheConfig) -> None:
     if any(g.host_resident or not g.enable_kv_transfer for g in cache.kv_cache_groups):
         raise Unserved("the model keeps a part of its KV in host memory: that is not handed off")
     groups, speculation = groups_of(cache), config.speculative_config
+    if current_platform.is_cpu() and any(g.kind == LATENT for g in groups):
+        raise Unserved(
+            "the model's latent attention (MLA) is not handed off on a CPU: there vLLM's kernels "
+            "give a prompt's last token another result alone than with the prompt; use a GPU, or "
+            + APART
+        )
     if speculation is None:
         return
     if speculation.method not in DRAFTERS:

@@ -195,6 +195,21 @@ def test_states_beside_speculation_are_refused() -> None:
         refuse_unserved(config_of(speculative_config=ngram), cache_of(["full", "state"], 8))
 
 
+def test_latent_attention_is_refused_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MLAAttentionSpec
+
+    from kvtransfer import vllm_groups
+    from kvtransfer.refusal import Unserved
+
+    spec = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.float32)
+    cache = KVCacheConfig(9, [], [KVCacheGroupSpec(["layer"], spec)])
+    with pytest.raises(Unserved, match="latent attention"):
+        vllm_groups.refuse_unserved(config_of(), cache)
+    monkeypatch.setattr(vllm_groups, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    vllm_groups.refuse_unserved(config_of(), cache)
+
+
 def test_a_drafter_with_kv_of_its_own_is_refused_by_name() -> None:
     from kvtransfer.refusal import Unserved
     from kvtransfer.vllm_groups import refuse_unserved
