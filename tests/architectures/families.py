@@ -127,17 +127,18 @@ ENCODES = Refused("Whisper|encoder", "an encoder beside its decoder")
 POOLS = Refused("pool|generat", "it generates nothing")
 
 ONCE = "tokens over `ucx`, 3 rounds"
+TRIED = "tokens over `ucx`, 1 round"
 REFUSES = "vLLM's error"
 
 FAMILIES: tuple[Family, ...] = (
     Family("llama", "llama", "full attention", seen=ONCE, short=True),
     Family("qwen2", "qwen2", "full attention", seen=ONCE),
     Family("qwen3", "qwen3", "full attention", seen=ONCE),
-    Family("qwen3-moe", "qwen3-moe", "full attention"),
-    Family("mixtral", "mixtral", "full attention"),
+    Family("qwen3-moe", "qwen3-moe", "full attention", seen=TRIED),
+    Family("mixtral", "mixtral", "full attention", seen=TRIED),
     Family("phi3", "phi3", "full attention", seen=ONCE),
     Family("gpt2", "gpt2", "full attention", seen=ONCE),
-    Family("opt", "opt", "full attention"),
+    Family("opt", "opt", "full attention", seen=TRIED),
     Family(
         "mistral", "mistral", "sliding window, one group",
         windows=Windows(0, LAYERS), short=True,
