@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtransfer.core.items import items_of
+from kvtransfer.core.items import Item, items_of
 from router.core.blocks import links
 from router.core.cache_view import CacheView
 from router.core.prefix_index import PrefixIndex
@@ -120,3 +120,55 @@ def test_blocks_with_a_prompt_embedding_are_not_told_of() -> None:
     assert told(event, SIZE, cast(Any, SimpleNamespace())) == [
         [b"0", b"1"], None, list(range(2 * SIZE)), "salt", "adapter", [["cat", 2, 6]],
     ]  # fmt: skip
+
+
+CONFIG = SimpleNamespace(
+    model_config=SimpleNamespace(max_model_len=100, get_vocab_size=lambda: 10),
+    kv_transfer_config=None,
+)
+
+
+def asked(told: tuple[Any, ...] | None = None, *, sent: bool = True, room: int = 4) -> Any:
+    """What the worker makes of a request with an image of three tokens."""
+    from vllm.multimodal.inputs import (
+        MultiModalFeatureSpec,
+        MultiModalKwargsItem,
+        PlaceholderRange,
+    )
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    from workers.api import Generate, Phase
+    from workers.engines.vllm_requests import core_request
+    from workers.vllm_codec import encode_contents, encode_request
+
+    content = MultiModalKwargsItem() if sent else None
+    image = MultiModalFeatureSpec(content, "image", "cat", PlaceholderRange(1, 3), "cat")
+    request = EngineCoreRequest(
+        request_id="r", prompt_token_ids=[9] * 5, mm_features=[image],
+        sampling_params=SamplingParams(max_tokens=1), pooling_params=None, arrival_time=1.5,
+        lora_request=None, cache_salt=None, data_parallel_rank=None,
+    )  # fmt: skip
+    items = items_of(request.mm_features) if told is None else told
+    contents = encode_contents(request)
+    generate = Generate(
+        "r", Phase.BOTH, [9] * 5, 1, encode_request(request), items=items, contents=contents
+    )
+    return core_request(generate, cast(Any, CONFIG), embeddings_max=room)
+
+
+def test_a_request_reaches_the_engine_with_its_items() -> None:
+    (image,) = asked().mm_features
+    assert (image.identifier, image.mm_position.offset, image.data) == ("cat", 1, {})
+
+
+def test_items_that_are_other_ones_missing_or_too_large_are_refused() -> None:
+    from workers.engines.vllm_requests import BadRequest
+
+    for told in ((), (Item("dog", 1, 3),), (Item("cat", 0, 3),)):
+        with pytest.raises(BadRequest, match="not the request's"):
+            asked(told)
+    with pytest.raises(BadRequest, match="the image at 1 is missing"):
+        asked(sent=False)
+    with pytest.raises(BadRequest, match="has 3 embeddings, the worker has room for 2"):
+        asked(room=2)

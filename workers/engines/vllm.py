@@ -16,7 +16,13 @@ from vllm.v1.executor import Executor
 from kvtransfer.releases import ReleaseClient
 from workers.api import Delta, Finish, Item, Load, Phase, Step
 from workers.engines.base import Cleared, EngineDead, EngineFacts, Removed, Stored
-from workers.engines.vllm_requests import BadRequest, core_request, delta_of, warm_up_request
+from workers.engines.vllm_requests import (
+    BadRequest,
+    core_request,
+    delta_of,
+    embeddings_max,
+    warm_up_request,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,6 +65,7 @@ class VllmEngine:
         self._connector: dict[str, Any] = {}
         self._stats: SchedulerStats | None = None
         self._core: Any = None
+        self._embeddings_max = 0
 
     async def start(self) -> EngineFacts:
         # It takes as long as the model takes to load, and probes must be answered meanwhile.
@@ -71,6 +78,7 @@ class VllmEngine:
             )
         except (RuntimeError, ValueError) as error:
             raise EngineDead(f"vLLM's engine did not start: {error}") from error
+        self._embeddings_max = await asyncio.to_thread(embeddings_max, self._config)
         # vLLM compiles for a batch of one, and once more for all larger ones.
         await self._warm_up(1)
         await self._warm_up(WARM_UP_TOGETHER)
@@ -181,7 +189,7 @@ class VllmEngine:
                 await self._core.abort_requests_async(command)
                 continue
             try:
-                request = core_request(command, self._config)
+                request = core_request(command, self._config, self._embeddings_max)
             except BadRequest as bad:
                 self._reject(command.request_id, str(bad))
             else:

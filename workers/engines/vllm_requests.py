@@ -30,7 +30,24 @@ class BadRequest(Exception):
     """The request can't be served by this engine, whoever sends it."""
 
 
-def core_request(generate: Generate, config: VllmConfig) -> EngineCoreRequest:
+def embeddings_max(config: VllmConfig) -> int:
+    """Embeddings of one item that the engine can hold; 0 for a model of text.
+
+    vLLM's front compares with its own configuration's. An engine that has less room waits for ever
+    to schedule a larger item, and all that has come since waits behind it.
+    """
+    if not config.model_config.supports_multimodal_inputs:
+        return 0
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.encoder_budget import MultiModalBudget
+
+    budget = MultiModalBudget(config, MULTIMODAL_REGISTRY)
+    return int(min(budget.encoder_cache_size, budget.encoder_compute_budget))
+
+
+def core_request(
+    generate: Generate, config: VllmConfig, embeddings_max: int = 0
+) -> EngineCoreRequest:
     """What to ask of the engine core for this phase. Raises `BadRequest`."""
     tokens = generate.prompt_token_ids
     limit = config.model_config.max_model_len
@@ -49,16 +66,26 @@ def core_request(generate: Generate, config: VllmConfig) -> EngineCoreRequest:
         raise BadRequest("only generation is served")
     if request.lora_request is not None:
         raise BadRequest("LoRA adapters are not served yet")
-    if items_of(request.mm_features) != generate.items:
-        raise BadRequest("the items told of are not the request's")
-    # The engine keeps no items: see `vllm_config`.
-    if missing := [f.identifier for f in request.mm_features or () if f.data is None]:
-        raise BadRequest(f"items without their content: {', '.join(missing)}")
+    _check_items(request, generate, embeddings_max)
     request.request_id = generate.request_id
     request.external_req_id = None
     request.arrival_time = time.time()
     request.sampling_params = _shape(request.sampling_params, generate, config)
     return request
+
+
+def _check_items(request: EngineCoreRequest, generate: Generate, embeddings_max: int) -> None:
+    features = request.mm_features or ()
+    if items_of(features) != generate.items:
+        raise BadRequest("the items told of are not the request's")
+    for feature in features:
+        if feature.data is None:  # The engine keeps none either: see `vllm_config`.
+            raise BadRequest(f"the {feature.modality} at {feature.mm_position.offset} is missing")
+        if (size := feature.mm_position.get_num_embeds()) > embeddings_max:
+            raise BadRequest(
+                f"the {feature.modality} at token {feature.mm_position.offset} has {size} "
+                f"embeddings, the worker has room for {embeddings_max}"
+            )
 
 
 def warm_up_request(request_id: str) -> EngineCoreRequest:
