@@ -155,9 +155,10 @@ def test_caches_are_hit_by_equal_images_and_never_by_others(
     """One chat after the other: what is foretold, what is cached, and what must be are the same."""
     known: dict[str, list[list[object]]] = {"prefill-0": [], "prefill-1": []}
     hits = []
-    for number, theirs in [*enumerate(expected), *enumerate(expected)]:
+    numbers = [*range(len(CHATS)), 4, 7, 12, 14]
+    for number in numbers:
         ours = ask(pictures.url, body_of(number, SEEDS))
-        check_same(ours, theirs)
+        check_same(ours, expected[number])
         record, sees = ours.record(pictures.url), seen(ours, CHATS[number][0])
         assert record["kv_failed"] is None
         assert record["kv_tokens"] > 0
@@ -174,10 +175,9 @@ def test_answers_are_one_engines_when_asked_together(
     pictures: LocalGroup, expected: list[Answer]
 ) -> None:
     with ThreadPoolExecutor(8) as pool:
-        numbers = [*range(len(CHATS))] * 2
-        answers = list(pool.map(lambda n: ask(pictures.url, body_of(n, SEEDS)), numbers))
-    for number, ours in zip(numbers, answers, strict=True):
-        check_same(ours, expected[number])
+        answers = list(pool.map(lambda n: ask(pictures.url, body_of(n, SEEDS)), range(len(CHATS))))
+    for ours, theirs in zip(answers, expected, strict=True):
+        check_same(ours, theirs)
         assert ours.record(pictures.url)["kv_failed"] is None
     await_free(pictures, 20)
 
@@ -196,12 +196,11 @@ def test_a_worker_that_begins_anew_is_told_of_images_seen_before(
 ) -> None:
     """Killed in the middle of chats, none of which fails; then it computes some again."""
     with ThreadPoolExecutor(8) as pool:
-        numbers = [*range(len(CHATS))] * 2
-        asked = [pool.submit(ask, pictures.url, body_of(n, SEEDS)) for n in numbers]
-        asked[4].result()
+        asked = [pool.submit(ask, pictures.url, body_of(n, SEEDS)) for n in range(len(CHATS))]
+        asked[2].result()
         pictures.kill("prefill-0")
-        for number, future in zip(numbers, asked, strict=True):
-            check_same(future.result(), expected[number])
+        for future, theirs in zip(asked, expected, strict=True):
+            check_same(future.result(), theirs)
         pictures.restart("prefill-0")
         used, until = set[str](), time.monotonic() + 120
         while "prefill-0" not in used:

@@ -14,8 +14,11 @@ from kvtransfer.protocol import LINK_BYTES, Manifest
 from router.core.blocks import links
 from router.core.cache_view import CacheView
 from router.core.prefix_index import PrefixIndex
+from workers.api import Generate, KvStored, Phase
 from workers.cache_mirror import CacheMirror
 from workers.engines.base import Removed, Stored
+from workers.engines.sim_requests import Run, run_of, stored
+from workers.engines.sim_settings import SimSettings
 
 SIZE = 4
 LENGTHS = {"a": 1, "b": 3, "c": 9}
@@ -102,6 +105,29 @@ def test_a_receiver_with_another_image_refuses_the_kv() -> None:
 
 
 # ------------------------------------------------------------ told by caches
+
+
+def test_of_a_change_that_is_known_in_part_the_rest_is_told_with_its_items() -> None:
+    mirror, cat = CacheMirror(), Item("cat", 1, 9)
+    mirror.apply([Stored(["1"], None, [9] * SIZE, items=within([cat], 0, SIZE))])
+    mirror.apply([Stored(["1", "2", "3"], None, [9] * 3 * SIZE, items=(cat,))])
+    (_, rest) = mirror.since(0) or ()
+    assert rest == KvStored([1, 2], 0, [9] * 2 * SIZE, items=(Item("cat", 1 - SIZE, 9),))
+
+
+def test_simulated_blocks_are_of_one_image() -> None:
+    def run(*items: Item) -> Run:
+        generate = Generate("r", Phase.BOTH, [9] * 64, 1, b"", items=items)
+        made = run_of(generate, 0, SimSettings(block_tokens=16))
+        assert isinstance(made, Run)
+        return made
+
+    cat, again, dog = run(Item("cat", 20, 9)), run(Item("cat", 20, 9)), run(Item("dog", 20, 9))
+    assert (cat.hashes, cat.checksum) == (again.hashes, again.checksum)
+    assert cat.checksum != dog.checksum, "or one would be pulled for the other"
+    assert [a == b for a, b in zip(cat.hashes, dog.hashes, strict=True)] == [True, *[False] * 3]
+    cat.shared = cat.hashes[:3]
+    assert stored(cat, 1, 16).items == (Item("cat", 4, 9),)
 
 
 @given(prompts(), st.integers(0, 9), st.integers(1, 9))
