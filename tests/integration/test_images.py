@@ -29,7 +29,10 @@ FLAGS = [
     "--max-model-len", "2048", "--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK),
     "--num-gpu-blocks-override", "128",
 ]  # fmt: skip
-ROUTER_FLAGS = ["--disaggregate", "always", "--limit-mm-per-prompt", '{"image": 3, "video": 0}']
+ROUTER_FLAGS = [
+    "--disaggregate", "always", "--enable-scale-out",
+    "--limit-mm-per-prompt", '{"image": 3, "video": 0}',
+]  # fmt: skip
 PICTURES = {"a": (84, 84), "b": (84, 84), "c": (140, 84), "d": (252, 252), "e": (252, 252)}
 """Their sizes: nine tokens, nine, fifteen, and twice 81, over three blocks or four."""
 LONG = "Look at this for as long as you like, and then say in a few words of your own, " * 3
@@ -236,6 +239,25 @@ def test_what_is_no_image_of_ours_is_the_clients_fault(pictures: LocalGroup, whi
     answer = httpx.post(f"{pictures.url}/v1/chat/completions", json=body, timeout=60)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, field), answer.text
     assert "127.0.0.1" not in answer.text, "what our network looks like from here"
+
+
+def test_scale_out_takes_a_client_s_images_and_not_its_word_for_them(pictures: LocalGroup) -> None:
+    def answer(**body: Any) -> tuple[int, str | None]:
+        tokens = {"model": NAME, "token_ids": [5, 14, PLACEHOLDER, 15, 6]}
+        response = httpx.post(
+            f"{pictures.url}/inference/v1/generate", timeout=60,
+            json={**tokens, "sampling_params": {"max_tokens": 2}, **body},
+        )  # fmt: skip
+        return response.status_code, response.json().get("error", {}).get("param")
+
+    part = {"type": "image_url", "url": picture(1)}
+    assert answer(content_parts=[part]) == (200, None)
+    assert answer(content_parts=[{**part, "uuid": "x"}]) == (400, "content_parts")
+    named = {
+        "mm_hashes": {"image": ["x"]},
+        "mm_placeholders": {"image": [{"offset": 2, "length": 1}]},
+    }
+    assert answer(features=named) == (400, "features")
 
 
 def test_an_image_s_name_is_its_tenants_own(pictures: LocalGroup) -> None:
