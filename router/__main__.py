@@ -50,7 +50,7 @@ FILES_WANTED = 65_536
 
 
 def main(argv: list[str]) -> int:
-    """Serve until SIGTERM or SIGINT. 1 when it can't start."""
+    """Serve until SIGTERM or SIGINT. 1 when it can't start, 2 when it was told what it can't."""
     settings, flags = read_settings(
         RouterSettings,
         argv,
@@ -74,12 +74,16 @@ def main(argv: list[str]) -> int:
     # A bad flag should be told of in a moment: what takes seconds comes after.
     # vLLM's GPU build refuses to start where there is no GPU, and the router needs none.
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
-    from router.front import front_args
+    from router.front import Unserved, front_args
 
     if not any(f.startswith("--served-model-name") for f in flags):
         flags += ["--served-model-name", settings.model]
     front = front_args(model, flags)
-    uvloop.run(_serve(settings, front, listener, digests, Ways(curve, source)))
+    try:
+        uvloop.run(_serve(settings, front, listener, digests, Ways(curve, source)))
+    except Unserved as refusal:
+        print(f"tandem router: {refusal}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import aiohttp
 import msgspec
@@ -26,7 +27,7 @@ from router.asker import AskerMiddleware, asker
 from router.core.conversation import name_for, roles_in, trouble
 from router.engine import Broken, Refusal
 from router.plain import splice
-from workers.flags import config_apart
+from workers.flags import config_apart, one_line
 
 if TYPE_CHECKING:
     import argparse
@@ -44,21 +45,49 @@ _TASKS = ("generate",)
 VLLM_VERSION: str = vllm.__version__
 
 
+class Unserved(Exception):
+    """This router can't serve that model, or not by those flags; the message says what to do."""
+
+
+class _Parser(FlexibleArgumentParser):  # type: ignore[misc]
+    def error(self, message: str) -> NoReturn:
+        """One line: vLLM's usage would be some hundred."""
+        sys.stderr.write(f"{self.prog}: {message}\n")
+        raise SystemExit(2)
+
+
 def front_args(model: str, flags: list[str]) -> argparse.Namespace:
     """vLLM's own front flags; a bad one ends the process as argparse does."""
-    parser = make_arg_parser(FlexibleArgumentParser(prog="tandem router"))
+    parser = make_arg_parser(_Parser(prog="tandem router"))
     args: argparse.Namespace = parser.parse_args(["--model", model, *config_apart(flags)])
     if args.lora_modules:
         parser.error("--lora-modules: adapters are not served yet")
     if args.enable_mm_embeds:
         parser.error("--enable-mm-embeds: only images and the like themselves are served yet")
+    if args.enable_prompt_embeds:
+        parser.error("--enable-prompt-embeds: prompts are handed on as tokens; leave it out")
     args.disable_log_stats = True  # They are the engine's; the router has its own.
     validate_parsed_serve_args(args)
     return args
 
 
 def front_config(args: argparse.Namespace) -> VllmConfig:
-    """A configuration without a device: enough to render, tokenize and validate."""
+    """A configuration without a device: enough to render, tokenize and validate.
+
+    Raises `Unserved`, also for what vLLM itself can't do.
+    """
+    try:
+        config = _config(args)
+    except (ValueError, OSError, ImportError) as error:  # pydantic's are ValueErrors.
+        raise Unserved(one_line(error)) from error
+    model = config.model_config
+    if model.runner_type != "generate" or model.is_encoder_decoder:
+        kind = "an encoder-decoder" if model.is_encoder_decoder else "no model that generates"
+        raise Unserved(f"{model.model} is {kind}: run vLLM's own server for it")
+    return config
+
+
+def _config(args: argparse.Namespace) -> VllmConfig:
     if args.reasoning_parser_plugin:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
     engine_args = AsyncEngineArgs.from_cli_args(args)

@@ -200,6 +200,10 @@ class WorkerHello(_Message, frozen=True):
     constraints: str = ""
     """How it constrains what it generates (`workers.constraints`); the router's front must have
     the same."""
+    dp_rank: int = 0
+    """Which of `dp_size` data-parallel ranks it is. They step together and share experts; each is
+    a worker of its own, with its own requests and KV."""
+    dp_size: int = 1
 
 
 class Refused(_Message, frozen=True):

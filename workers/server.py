@@ -183,7 +183,7 @@ class Worker:
             blocks_total=facts.blocks_total, max_model_len=facts.max_model_len,
             lease_s=me.lease_s, handoff_endpoint=facts.handoff_endpoint,
             tells_cache=facts.tells_cache, step_tokens=facts.step_tokens,
-            constraints=facts.constraints,
+            constraints=facts.constraints, dp_rank=facts.dp_rank, dp_size=facts.dp_size,
         )  # fmt: skip
 
     # ------------------------------------------------------------ from routers

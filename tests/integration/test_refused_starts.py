@@ -30,13 +30,13 @@ EMBEDDER = {
 }  # fmt: skip
 
 
-def start(*flags: str, path: Path | None = None) -> tuple[int, list[str]]:
-    """A worker's status and its lines, once it has ended; modules in `path` go before others."""
+def start(*flags: str, path: Path | None = None, process: str = "worker") -> tuple[int, list[str]]:
+    """Its status and its lines, once it has ended; modules in `path` go before others."""
     environment = {**ENVIRONMENT, **os.environ}
     if path is not None:
         paths = [str(path), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-    command = [sys.executable, "-m", "tandem", "worker", *flags]
+    command = [sys.executable, "-m", "tandem", process, *flags]
     ended = subprocess.run(
         command, check=False, timeout=300, capture_output=True, text=True, env=environment
     )
@@ -90,3 +90,10 @@ def test_what_vllm_itself_fails_of_is_in_the_last_line() -> None:
     assert lines[-1].startswith("tandem worker: vLLM's engine did not start: ValueError: To serve")
     assert "decreasing `max_model_len`" in lines[-1]
     assert lines[-1].endswith("the traceback is above")
+
+
+def test_a_router_too_ends_with_one_line() -> None:
+    flags = ["--workers", "tcp://127.0.0.1:1", "--port", "0", "--max-model-len", "99999"]
+    status, lines = start("--model", MODEL, *flags, process="router")
+    assert status == 2
+    assert lines[-1].startswith("tandem router: User-specified max_model_len (99999) is greater")

@@ -76,6 +76,31 @@ def test_a_flag_that_vllm_does_not_know_ends_with_one_line(
     assert capsys.readouterr().err == "tandem worker: unrecognized arguments: --nonsense\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"data_parallel_size": 2}, "start 2 workers with --data-parallel-rank 0 to 1"),
+        ({"data_parallel_size": 2, "data_parallel_rank": 2}, "--data-parallel-rank 2"),
+        ({"data_parallel_size_local": 2}, "--data-parallel-size-local"),
+        ({"data_parallel_start_rank": 2}, "--data-parallel-start-rank"),
+        ({"data_parallel_hybrid_lb": True}, "--data-parallel-hybrid-lb"),
+        ({"enable_elastic_ep": True}, "--enable-elastic-ep"),
+        ({"data_parallel_backend": "ray"}, "--data-parallel-backend ray"),
+    ],
+)
+def test_a_worker_is_one_data_parallel_rank(given: dict[str, Any], named: str) -> None:
+    two = arguments("--data-parallel-size", 2)
+    two.data_parallel_rank = 1
+    check_flags(two, connector="tandem")
+    for name, value in given.items():
+        assert hasattr(two, name)
+        setattr(two, name, value)
+    if len(given) == 1 and "data_parallel_size" in given:
+        two.data_parallel_rank = None
+    with pytest.raises(Unserved, match=named):
+        check_flags(two, connector="tandem")
+
+
 def model(**facts: object) -> ModelConfig:
     known = {"model": "m", "architectures": ["A"], "runner_type": "generate"}
     found = SimpleNamespace(**{**known, "is_encoder_decoder": False, **facts})
@@ -89,6 +114,12 @@ def model(**facts: object) -> ModelConfig:
 def test_a_kind_of_model_that_is_not_served_is_refused_by_its_property(
     facts: dict[str, object], named: str
 ) -> None:
-    check_model(model())
+    check_model(model(), data_parallel_size=1)
     with pytest.raises(Unserved, match=rf"m \(A\) is an? {named}"):
-        check_model(model(**facts))
+        check_model(model(**facts), data_parallel_size=1)
+
+
+def test_data_parallel_ranks_share_experts_or_are_workers_by_themselves() -> None:
+    check_model(model(is_moe=True), data_parallel_size=2)
+    with pytest.raises(Unserved, match=r"--data-parallel-size 2: m \(A\) has no experts"):
+        check_model(model(is_moe=False), data_parallel_size=2)

@@ -29,6 +29,8 @@ class EngineFacts:
     tells_cache: bool = True
     step_tokens: int = 0
     constraints: str = ""
+    dp_rank: int = 0
+    dp_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)

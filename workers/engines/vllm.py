@@ -89,6 +89,7 @@ class VllmEngine:
         except EngineDeadError as error:
             raise self._dead("died of its first requests", error) from error
         self._step = None  # What it took was the start.
+        parallel = self._config.parallel_config
         transfer = self._config.kv_transfer_config
         connector = self._connector
         nixl = transfer is not None and transfer.kv_connector == "NixlConnector"
@@ -105,6 +106,8 @@ class VllmEngine:
             tells_cache="cache" in connector,
             step_tokens=self._config.scheduler_config.max_num_batched_tokens,
             constraints=constraints(self._config),
+            dp_rank=parallel.data_parallel_rank,
+            dp_size=parallel.data_parallel_size,
         )
 
     async def _warm_up(self, together: int) -> None:

@@ -36,7 +36,9 @@ def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) 
 
     engine_args = parsed(args.model, flags)
     check_flags(engine_args, connector=args.kv_connector)
-    check_model(engine_args.create_model_config())
+    check_model(
+        engine_args.create_model_config(), data_parallel_size=engine_args.data_parallel_size
+    )
     if args.kv_connector != "none":
         engine_args.kv_transfer_config = _transfer(args, identity)
     elif args.role != "mixed":

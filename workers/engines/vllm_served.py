@@ -36,9 +36,19 @@ _ONE: Final[dict[str, str]] = {
     "pipeline_parallel_size": "the KV of its stages can't be handed off; " + _TENSOR,
     "decode_context_parallel_size": "its ranks keep parts of a block; " + _TENSOR,
     "prefill_context_parallel_size": "its ranks keep parts of a prompt; " + _TENSOR,
-    "data_parallel_size": "start one worker for each engine instead",
 }
 """Parallel sizes that must be 1, and what to do instead."""
+
+
+_ONE_RANK: Final[dict[str, tuple[int | None, ...]]] = {
+    "data_parallel_size_local": (None, 1),
+    "data_parallel_start_rank": (None,),
+    "data_parallel_hybrid_lb": (False,),
+    "data_parallel_multi_port_external_lb": (False,),
+    "enable_elastic_ep": (False,),
+}
+"""vLLM's ways to have several ranks, or a changing number of them, behind one front, with what
+means none of that."""
 
 
 def check_flags(args: AsyncEngineArgs, *, connector: str) -> None:
@@ -54,6 +64,7 @@ def check_flags(args: AsyncEngineArgs, *, connector: str) -> None:
     if args.runner == "pooling" or args.convert not in ("auto", "none"):
         name = "runner" if args.runner == "pooling" else "convert"
         raise Unserved(f"{_flag(name)} {getattr(args, name)} is not served: {_GENERATION_ONLY}")
+    _check_data_parallel(args)
     if connector != "none" and args.kv_offloading_size:
         raise Unserved(
             f"--kv-offloading-size {args.kv_offloading_size:g}: it does not work beside "
@@ -62,7 +73,25 @@ def check_flags(args: AsyncEngineArgs, *, connector: str) -> None:
         )
 
 
-def check_model(model: ModelConfig) -> None:
+def _check_data_parallel(args: AsyncEngineArgs) -> None:
+    """A worker is one rank, as with vLLM's external load balancers: its router is one."""
+    size, rank = args.data_parallel_size, args.data_parallel_rank
+    if size > 1 and rank is None:
+        raise Unserved(
+            f"--data-parallel-size {size}: a worker is one rank; start {size} workers with "
+            f"--data-parallel-rank 0 to {size - 1}, and rank 0's --data-parallel-address and "
+            "--data-parallel-rpc-port"
+        )
+    if rank is not None and not 0 <= rank < size:
+        raise Unserved(f"--data-parallel-rank {rank} is none of --data-parallel-size {size}")
+    for name, meaningless in _ONE_RANK.items():
+        if getattr(args, name) not in meaningless:
+            raise Unserved(f"{_flag(name)} is not served: a worker is one rank of its own")
+    if args.data_parallel_backend != "mp":
+        raise Unserved(f"--data-parallel-backend {args.data_parallel_backend} is not served")
+
+
+def check_model(model: ModelConfig, *, data_parallel_size: int) -> None:
     """Raise `Unserved` for a kind of model that no worker serves."""
     name = f"{model.model} ({', '.join(model.architectures)})"
     if model.runner_type != "generate":
@@ -71,6 +100,12 @@ def check_model(model: ModelConfig) -> None:
         raise Unserved(
             f"{name} is an encoder-decoder: the KV of its cross-attention can't be handed off; "
             "run vLLM's own server for it"
+        )
+
+    if data_parallel_size > 1 and not model.is_moe:
+        raise Unserved(
+            f"--data-parallel-size {data_parallel_size}: {name} has no experts that ranks could "
+            "share; start the workers without it"
         )
 
 
