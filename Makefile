@@ -69,8 +69,12 @@ test: model  ## every test, real engines included, in tiers (TIERS="unit contrac
 .PHONY: test-long
 test-long: model  ## what `make test` has no time for: every prompt and fault over every transport, unlike layouts, all model families
 	@TANDEM_LONG=1 $(BIN)/python -m pytest tests/integration/test_equivalence.py \
-	    tests/integration/test_handoff_faults.py tests/integration/test_layouts.py
+	    tests/integration/test_handoff_faults.py tests/integration/test_layouts.py tests/gpu
 	@TANDEM_LONG=1 $(BIN)/python -m pytest tests/architectures
+
+.PHONY: gpu-check
+gpu-check:  ## what runs on a GPU, and how fast: a table and reports/gpu-check.json, under eight minutes (FLAGS=--dry-run on a CPU)
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m tests.gpu.check $(FLAGS)
 
 .PHONY: sim
 sim: setup  ## the whole fleet simulated: SEEDS (1000) runs from SEED (0) on, and as many queues; SEED alone is one run
