@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, ge
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings
 
+# For routers, which may not import it from there.
+from kvtransfer.refusal import one_line as one_line  # noqa: PLC0414
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 

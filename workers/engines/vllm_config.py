@@ -36,9 +36,10 @@ def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) 
 
     engine_args = parsed(args.model, flags)
     check_flags(engine_args, connector=args.kv_connector)
-    check_model(
-        engine_args.create_model_config(), data_parallel_size=engine_args.data_parallel_size
-    )
+    model = engine_args.create_model_config()
+    check_model(model, data_parallel_size=engine_args.data_parallel_size)
+    if model.has_inner_state:
+        _no_cached_states_on_cpu(engine_args)
     if args.kv_connector != "none":
         engine_args.kv_transfer_config = _transfer(args, identity)
     elif args.role != "mixed":
@@ -51,6 +52,24 @@ def vllm_config(args: argparse.Namespace, identity: Identity, flags: list[str]) 
     engine_args.mm_processor_cache_gb = 0
     engine_args.worker_extension_cls = EXTENSION
     return engine_args.create_engine_config()
+
+
+def _no_cached_states_on_cpu(engine_args: AsyncEngineArgs) -> None:
+    """Leave the prefix cache of a model with states (Mamba) off, on a CPU.
+
+    vLLM 0.32 has it on by default. Its CPU kernels keep no checkpoints of states inside a step, and
+    the engine dies of the first prompt that wants one.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    if engine_args.enable_prefix_caching:
+        raise Unserved(
+            "--enable-prefix-caching: vLLM's CPU kernels can't keep a Mamba model's states for it; "
+            "leave it out"
+        )
+    engine_args.enable_prefix_caching = False
 
 
 def parsed(model: str, flags: list[str]) -> AsyncEngineArgs:
@@ -74,12 +93,14 @@ def _transfer(args: argparse.Namespace, identity: Identity) -> KVTransferConfig:
     from vllm.config import KVTransferConfig
 
     if args.kv_connector == "nixl":
+        from vllm.platforms import current_platform
+
         os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", args.host)
         os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_PORT", str(_free_port(args.host)))
         return KVTransferConfig(
             kv_connector="NixlConnector",
             kv_role="kv_both",
-            kv_buffer_device="cpu",
+            kv_buffer_device=current_platform.device_type,
             kv_load_failure_policy="recompute",
         )
     extra: dict[str, Any] = {
