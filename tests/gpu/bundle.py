@@ -32,7 +32,7 @@ PLATFORMS = ("manylinux_2_35", "manylinux_2_34", "manylinux_2_31", "manylinux_2_
              "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")  # fmt: skip
 LEFT_OUT = re.compile(
     r"_vllm_fa2_C|/vllm-rs$|_qutlass_C|third_party/deep_gemm/|third_party/fmha_sm100/|_flashkda_C"
-    r"|swagger-ui|\.jpg$|nixl_ep_cu13/|libucx_perftest|libgrpc|\.scripts/|/tests?/"
+    r"|swagger-ui|\.jpg$|nixl_ep_cu13/|libucx_perftest|\.scripts/|/tests?/"
 )
 """FlashAttention 2 (FlashAttention 3 stays, and Triton's attention needs neither), the Rust front,
 kernels for other chips or kinds of model, what NIXL measures itself with, tests."""
@@ -75,6 +75,20 @@ def members(wheels: list[Path]) -> Iterator[tuple[Path, str, int]]:
             for info in archive.infolist():
                 if not info.is_dir() and not LEFT_OUT.search(info.filename):
                     yield wheel, info.filename, info.compress_size
+
+
+def unmet(wheels: list[Path]) -> list[str]:
+    """Libraries that are left out and that one which is not names as its own need."""
+    found = set()
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            libraries = [n for n in archive.namelist() if re.search(r"\.so(\.[\d.]+)?$", n)]
+            gone = {n.rpartition("/")[2].encode() for n in libraries if LEFT_OUT.search(n)}
+            kept = [n for n in libraries if not LEFT_OUT.search(n)] if gone else []
+            for name in kept:
+                content = archive.read(name)
+                found |= {g.decode() for g in gone if b"\0" + g + b"\0" in content}
+    return sorted(found)
 
 
 def divide(found: list[tuple[Path, str, int]], most: int = PIECE_BYTES) -> list[Piece]:
@@ -133,7 +147,10 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not list(folder.glob("*.whl")):
             download(folder, names)
-        pieces = divide(list(members(sorted(folder.glob("*.whl")))))
+        wheels = sorted(folder.glob("*.whl"))
+        if needed := unmet(wheels):
+            raise SystemExit(f"left out, and needed by what is not: {', '.join(needed)}")
+        pieces = divide(list(members(wheels)))
         told = [write(piece, given.out) for piece in pieces]
     (given.out / "manifest.json").write_text(json.dumps({"pieces": told}, indent=1) + "\n")
     tokenizer = given.out / "tokenizer"

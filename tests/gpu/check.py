@@ -167,6 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
         for group in GROUPS:
             if given.only is None or group.name in given.only:
                 check.run(group)
+            for row in check.rows:
+                if folder_of_modules := row.figures.get("UCX_MODULE_DIR"):
+                    os.environ["UCX_MODULE_DIR"] = folder_of_modules
     statuses = [row.status for row in check.rows]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("ok", "failed", "skipped"))
     print(f"{counts} in {time.monotonic() - check.began:.0f} s")

@@ -169,6 +169,15 @@ def test_a_file_that_fits_no_piece_is_named() -> None:
         bundle.divide([(Path("a.whl"), "huge.so", 900)], most=1000)
 
 
+def test_a_library_that_is_left_out_and_needed_is_found(tmp_path: Path) -> None:
+    wheel = tmp_path / "a.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("nixl_ep_cu13/liba.so.1.0", b"")
+        archive.writestr("nixl_ep_cu13/libb.so", b"")
+        archive.writestr("libs/libnixl.so", b"\x7fELF\0liba.so.1.0\0mylibb.so\0")
+    assert bundle.unmet([wheel]) == ["liba.so.1.0"]
+
+
 def test_everything_that_is_packed_has_its_version_from_the_lock() -> None:
     lock = (bundle.TOP / "requirements/gpu.lock").read_text()
     wanted = (bundle.TOP / "tests/gpu/bundle.in").read_text()
