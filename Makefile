@@ -67,9 +67,10 @@ test: model  ## every test, real engines included, in tiers (TIERS="unit contrac
 	@BIN=$(BIN) .ci/test $(TIERS)
 
 .PHONY: test-long
-test-long: model  ## what `make test` has no time for: every prompt and fault over every transport, unlike layouts
+test-long: model  ## what `make test` has no time for: every prompt and fault over every transport, unlike layouts, data-parallel ranks
 	@TANDEM_LONG=1 $(BIN)/python -m pytest tests/integration/test_equivalence.py \
-	    tests/integration/test_handoff_faults.py tests/integration/test_layouts.py
+	    tests/integration/test_handoff_faults.py tests/integration/test_layouts.py \
+	    tests/integration/test_data_parallel.py
 
 .PHONY: sim
 sim: setup  ## the whole fleet simulated: SEEDS (1000) runs from SEED (0) on, and as many queues; SEED alone is one run

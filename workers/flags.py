@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, ge
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings
 
-from kvtransfer.refusal import one_line as one_line  # Routers may not import it from there.
+from kvtransfer.refusal import one_line as one_line  # noqa: PLC0414  # For routers, too.
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
