@@ -67,9 +67,10 @@ test: model  ## every test, real engines included, in tiers (TIERS="unit contrac
 	@BIN=$(BIN) .ci/test $(TIERS)
 
 .PHONY: test-long
-test-long: model  ## what `make test` has no time for: every prompt and fault over every transport, unlike layouts, all model families
+test-long: model  ## what `make test` has no time for: every prompt and fault over every transport, unlike layouts, data-parallel ranks, all model families
 	@TANDEM_LONG=1 $(BIN)/python -m pytest tests/integration/test_equivalence.py \
-	    tests/integration/test_handoff_faults.py tests/integration/test_layouts.py tests/gpu
+	    tests/integration/test_handoff_faults.py tests/integration/test_layouts.py \
+	    tests/integration/test_data_parallel.py tests/gpu
 	@TANDEM_LONG=1 $(BIN)/python -m pytest tests/architectures
 
 .PHONY: gpu-check

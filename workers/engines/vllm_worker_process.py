@@ -44,4 +44,7 @@ def keep_seeds_on_cpu() -> None:
 
 tell_deaths()
 if current_platform.is_cpu():
+    from workers.engines import vllm_cpu_collectives
+
+    vllm_cpu_collectives.add()
     keep_seeds_on_cpu()
