@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.architectures.families import FAMILIES, Equal, Family, NotHere, Refused
+from tests.architectures.families import FAMILIES, Equal, Family, NotHere, Refused, Unsure
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- begin: families -->\n", "<!-- end: families -->\n"
@@ -42,6 +42,8 @@ def _handoff(family: Family) -> str:
             return f"refused: {summary}"
         case NotHere(reason=reason):
             return f"not on this CPU: {reason}"
+        case Unsure(reason=reason):
+            return f"not compared: {reason}"
 
 
 def _moved(family: Family) -> str:
@@ -52,7 +54,7 @@ def _checked(family: Family) -> str:
     match family.expected:
         case Equal():
             tests = ["test_families"]
-        case Refused() | NotHere():
+        case Refused() | NotHere() | Unsure():
             tests = ["test_refused"]
     if family.images:
         tests.append("test_images")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from deploy.local.parts import PartDied
-from tests.architectures.families import Family, NotHere, Refused, expecting
+from tests.architectures.compare import Answer, judge
+from tests.architectures.families import Family, NotHere, Refused, Unsure, expecting
 from tests.architectures.runs import VARIANTS, Bench, NoReference, last_line
 from tests.asking import EVERYTHING
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 
-def rows(kind: type[Refused] | type[NotHere]) -> list[Family]:
+def rows(kind: type[Refused | NotHere | Unsure]) -> list[Family]:
     return [f for f in expecting(kind) if EVERYTHING or f.short]
 
 
@@ -38,3 +40,15 @@ def test_plain_vllm_does_not_serve_it_here(bench: Bench, family: Family) -> None
         pytest.skip(f"this processor has {family.expected.runs_with}: the row is of those without")
     with pytest.raises(NoReference, match=family.expected.error):
         bench.reference(family).truths()
+
+
+@pytest.mark.parametrize("family", rows(Unsure), ids=lambda f: f.name)
+def test_plain_vllm_is_not_equal_to_itself_here(bench: Bench, family: Family) -> None:
+    """When this fails, the row can be opened."""
+    truths = bench.reference(family).truths()
+    together = replace(
+        family, name=f"{family.name} together", reference={**family.reference, "together": True}
+    )
+    answers = bench.reference(together).truths()
+    judged = [judge(Answer(a.tokens, a.logprobs), truths[name]) for name, a in answers.items()]
+    assert not all(each.right for each in judged)
