@@ -36,7 +36,7 @@ SUBJECTS = {
 }
 STALLING = [name for name, subject in SUBJECTS.items() if subject.stalls]
 # NIXL's own thread moves a read on when nobody polls: the fence alone keeps its bytes out.
-WITH_THREAD = Subject("ucx:UcxTransport", {"tls": "tcp", "progress_thread": True})
+WITH_THREAD = Subject("ucx:UcxTransport", {"tls": "tcp", "progress_thread": True, "reaches": True})
 # UCX's own TCP ends a sender's process ("Fatal: unexpected error: Endpoint timeout", SIGABRT)
 # when a reader fences in mid-read: six times of six. So a `UcxTransport` takes no path that leads
 # over it, unless told, and of it only what a reader must be sure of is tested.

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.gpu.shapes import TOKENIZER, tokenizer_folder
+from tests.gpu.shapes import BUNDLED, TOKENIZER, tokenizer_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,6 +66,16 @@ def download(folder: Path, names: list[str]) -> None:
     for platform in PLATFORMS:
         command += ["--platform", f"{platform}_x86_64"]
     subprocess.run([*command, *names], check=True)
+
+
+def tokenizer(folder: Path) -> Path:
+    """An archive of the models' tokenizer, to be treated as a wheel."""
+    found, path = tokenizer_folder(), folder / "tokenizer.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in TOKENIZER:
+            if (found / name).exists():
+                archive.write(found / name, f"{BUNDLED}/{name}")
+    return path
 
 
 def members(wheels: list[Path]) -> Iterator[tuple[Path, str, int]]:
@@ -147,17 +157,12 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not list(folder.glob("*.whl")):
             download(folder, names)
-        wheels = sorted(folder.glob("*.whl"))
+        wheels = [*sorted(folder.glob("*.whl")), tokenizer(Path(temporary))]
         if needed := unmet(wheels):
             raise SystemExit(f"left out, and needed by what is not: {', '.join(needed)}")
         pieces = divide(list(members(wheels)))
         told = [write(piece, given.out) for piece in pieces]
     (given.out / "manifest.json").write_text(json.dumps({"pieces": told}, indent=1) + "\n")
-    tokenizer = given.out / "tokenizer"
-    tokenizer.mkdir()
-    for name in TOKENIZER:
-        if (tokenizer_folder() / name).exists():
-            shutil.copy(tokenizer_folder() / name, tokenizer / name)
     for one in told:
         print(f"{one['name']}: {int(one['bytes']) / 2**20:.1f} MiB, {one['files']} files")
 

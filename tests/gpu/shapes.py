@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 VOCABULARY = 49_152
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
              "merges.txt", "chat_template.jinja")  # fmt: skip
+BUNDLED = "tandem_tokenizer"
+"""The tokenizer's folder in a bundle."""
 _LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCABULARY,
     "max_position_embeddings": 32_768, "rope_theta": 500_000.0, "rms_norm_eps": 1e-5,
@@ -101,10 +104,10 @@ SHAPES = {
 
 
 def tokenizer_folder() -> Path:
-    """Where SmolLM2's tokenizer is: beside this file in a bundle, or as a prepared model."""
-    bundled = Path(__file__).parents[2] / "gpu-bundle" / "tokenizer"
-    if bundled.is_dir():
-        return bundled
+    """Where SmolLM2's tokenizer is: unpacked from a bundle, or as a prepared model."""
+    for folder in map(Path, sys.path):
+        if (folder / BUNDLED / TOKENIZER[0]).is_file():
+            return folder / BUNDLED
     from workers.models import resolve_model
 
     return Path(resolve_model("smollm2-135m"))
