@@ -49,7 +49,8 @@ class Checksums:
     def __init__(self, memory: Memory, slots: Sequence[Sequence[int]], mode: Mode) -> None:
         """`slots`: the segments that each block of a column is in (`Layout.slots`)."""
         self._memory, self._slots, self._mode = memory, slots, mode
-        self._copies = None if memory.device == "cpu" else DevicePieces(memory)
+        self._copies: DevicePieces | None = None
+        """Of a device's memory, once something of it is hashed."""
 
     def begin(
         self, columns: Sequence[Sequence[int]], seed: bytes, first: int, mode: Mode | None = None
@@ -61,9 +62,11 @@ class Checksums:
         instead of our own.
         """
         mode = mode or self._mode
-        batch = Batch(self._copies, [] if mode is Mode.OFF else [0] * len(columns))
         if mode is Mode.OFF:
-            return batch
+            return Batch(None, [])
+        if self._copies is None and self._memory.device != "cpu":
+            self._copies = DevicePieces(self._memory)
+        batch = Batch(self._copies, [0] * len(columns))
         for slot, segments in enumerate(self._slots):
             held = [c for c, column in enumerate(columns) if column[slot] != NULL_BLOCK]
             places = [(first + c) * len(self._slots) + slot for c in held]

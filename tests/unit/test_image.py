@@ -18,7 +18,7 @@ import tandem
 from tests.dockerfile import TOP, Stage, copy_context, lineage, sent, stages, tracked
 
 UID = 10001
-NOT_SHIPPED = ("tests/", "loadtests/")
+NOT_SHIPPED = ("tests/", "loadtests/", "requirements/")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -109,7 +109,13 @@ def test_a_builder_is_not_sent_what_the_image_needs_not(file: str) -> None:
 
 def test_a_builder_is_sent_what_the_image_needs() -> None:
     ignore = (TOP / ".dockerignore").read_text(encoding="utf-8")
-    for file in ("tandem.py", "router/core/errors.py", "requirements/install.sh", "LICENSE"):
+    for file in (
+        "tandem.py",
+        "router/core/errors.py",
+        "requirements/install.sh",
+        "LICENSE",
+        "requirements/torchvision_without_operators.py",
+    ):
         assert sent(file, ignore), file
 
 

@@ -10,6 +10,7 @@ import gc
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,8 @@ def test_a_sender_that_two_read_from_stays_until_both_have_left(happened: list[A
 
 
 def test_the_receivers_thread_is_on_its_memorys_device(happened: list[Any]) -> None:
-    mine: Any = Mine(MEMORY, None, 0, [])  # type: ignore[arg-type]
+    layout: Any = SimpleNamespace(slots=[])
+    mine = Mine(MEMORY, layout, 0, [])
     receiver = Receiver(mine, Timeouts(answer_s=1.0, read_s=1.0))
     until = time.monotonic() + 20
     while not happened and time.monotonic() < until:

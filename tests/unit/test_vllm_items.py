@@ -67,7 +67,7 @@ def stored(requests: list[Request]) -> tuple[PrefixIndex, Any]:
             blocks[at] = block
         pool.cache_full_blocks(each, blocks, len(cached), full, SIZE, 0)
         changes = [
-            told(event, SIZE, pool.cached_block_hash_to_block) for event in pool.take_events()
+            told(event, SIZE, pool.cached_block_hash_to_block, 0) for event in pool.take_events()
         ]
         # As they travel from the engine's process to the worker's.
         sent = msgspec.msgpack.decode(msgspec.msgpack.encode(changes))
@@ -117,7 +117,7 @@ def test_blocks_with_a_prompt_embedding_are_not_told_of() -> None:
         token_ids=list(range(4 * SIZE)), block_size=SIZE, lora_id=1, medium=None,
         lora_name="adapter", extra_keys=cast(Any, extras), group_idx=0,
     )  # fmt: skip
-    assert told(event, SIZE, cast(Any, SimpleNamespace())) == [
+    assert told(event, SIZE, cast(Any, SimpleNamespace()), 0) == [
         [b"0", b"1"], None, list(range(2 * SIZE)), "salt", "adapter", [["cat", 2, 6]],
     ]  # fmt: skip
 
