@@ -152,17 +152,17 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "gemma3-sliding", "gemma3-sliding", "sliding window, one group",
-        windows=Windows(0, LAYERS),
+        windows=Windows(0, LAYERS), seen=ONCE,
     ),
     Family("gemma2", "gemma2", "sliding and full groups", windows=Windows(2, 2)),
     Family(
-        "gemma3", "gemma3", "sliding and full groups", windows=Windows(2, 4), short=True
+        "gemma3", "gemma3", "sliding and full groups", windows=Windows(2, 4), seen=ONCE, short=True
     ),
-    Family("gpt-oss", "gpt-oss", "sliding and full groups, sinks", windows=Windows(2, 2)),
-    Family("llama4", "llama4", "chunked local and full groups", windows=Windows(1, 3)),
+    Family("gpt-oss", "gpt-oss", "sliding and full groups, sinks", windows=Windows(2, 2), seen=ONCE),
+    Family("llama4", "llama4", "chunked local and full groups", windows=Windows(1, 3), seen=ONCE),
     Family(
         "gemma4", "gemma4", "sliding and full groups, unlike head sizes",
-        windows=Windows(2, 4, full_bytes=2 * HEAD_BYTES, sliding_block=2 * BLOCK), short=True,
+        windows=Windows(2, 4, full_bytes=2 * HEAD_BYTES, sliding_block=2 * BLOCK), seen=ONCE, short=True,
     ),
     Family("gemma2 no hybrid", "gemma2", "full attention for all layers", **NO_HYBRID),
     Family(
@@ -172,18 +172,29 @@ FAMILIES: tuple[Family, ...] = (
         "gpt-oss no hybrid", "gpt-oss", "full attention for all layers", **NO_HYBRID, seen=ONCE
     ),
     Family("llama4 no hybrid", "llama4", "full attention for all layers", **NO_HYBRID),
-    Family("gemma4 no hybrid", "gemma4", "full attention, unlike head sizes", **NO_HYBRID),
+    Family(
+        "gemma4 no hybrid", "gemma4", "full attention, unlike head sizes", **NO_HYBRID, seen=ONCE
+    ),
     Family(
         "deepseek-v2", "deepseek-v2", "latent (MLA)",
-        Unsure("vLLM's CPU kernels for MLA differ from themselves"), block=None,
+        Refused("latent attention", "on CPUs, where vLLM's kernels differ from themselves"),
+        block=None,
+    ),
+    Family(
+        "deepseek-v2 beside itself", "deepseek-v2", "latent (MLA)",
+        Unsure("vLLM's CPU kernels for MLA differ from themselves"),
+        given="plain vLLM alone", block=None,
     ),
     Family(
         "deepseek-v3.2", "deepseek-v3.2", "latent (MLA), sparse",
         NotHere("vLLM has no sparse attention there", "Sparse Attention is not supported on CPU"),
         seen=REFUSES,
     ),
-    Family("mamba2", "mamba2", "Mamba states", block=None, caches=False),
-    Family("granite4", "granite4", "Mamba states and full attention", block=None, caches=False),
+    Family("mamba2", "mamba2", "Mamba states", block=None, caches=False, seen=ONCE),
+    Family(
+        "granite4", "granite4", "Mamba states and full attention", block=None, caches=False,
+        seen=ONCE,
+    ),
     Family(
         "jamba", "jamba", "Mamba-1 states and full attention",
         NotHere("vLLM's CPU build has no scan of Mamba-1", "no attribute 'selective_scan_fwd'"),
@@ -191,7 +202,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "llama, larger blocks", "llama", "full attention", given="blocks larger than the kernels'",
-        block=128, change="kernel blocks of 32",
+        block=128, change="kernel blocks of 32", seen=ONCE,
     ),
     Family("llama, ngram", "llama", "full attention", flags=NGRAM, given="ngram speculation",
         seen=ONCE,
