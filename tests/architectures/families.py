@@ -158,11 +158,15 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "gemma3", "gemma3", "sliding and full groups", windows=Windows(2, 4), seen=ONCE, short=True
     ),
-    Family("gpt-oss", "gpt-oss", "sliding and full groups, sinks", windows=Windows(2, 2), seen=ONCE),
+    Family(
+        "gpt-oss", "gpt-oss", "sliding and full groups, sinks",
+        windows=Windows(2, 2), seen=ONCE,
+    ),
     Family("llama4", "llama4", "chunked local and full groups", windows=Windows(1, 3), seen=ONCE),
     Family(
         "gemma4", "gemma4", "sliding and full groups, unlike head sizes",
-        windows=Windows(2, 4, full_bytes=2 * HEAD_BYTES, sliding_block=2 * BLOCK), seen=ONCE, short=True,
+        windows=Windows(2, 4, full_bytes=2 * HEAD_BYTES, sliding_block=2 * BLOCK),
+        seen=ONCE, short=True,
     ),
     Family("gemma2 no hybrid", "gemma2", "full attention for all layers", **NO_HYBRID),
     Family(
