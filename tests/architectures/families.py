@@ -176,6 +176,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "deepseek-v2", "deepseek-v2", "latent (MLA)",
         Unsure("vLLM's CPU kernels for MLA differ from themselves"), block=None,
+        seen="plain vLLM beside itself",
     ),
     Family(
         "deepseek-v3.2", "deepseek-v3.2", "latent (MLA), sparse",
