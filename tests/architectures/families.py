@@ -187,7 +187,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "deepseek-v2 beside itself", "deepseek-v2", "latent (MLA)",
         Unsure("vLLM's CPU kernels for MLA differ from themselves"),
-        given="plain vLLM alone", block=None,
+        given="plain vLLM alone", block=None, seen="plain vLLM beside itself",
     ),
     Family(
         "deepseek-v3.2", "deepseek-v3.2", "latent (MLA), sparse",
