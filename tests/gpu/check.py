@@ -81,7 +81,9 @@ class Check:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         missing = [name for name in group.rows if name not in seen]
         if missing or any(r.status == "failed" for r in self.rows if r.group == group.name):
-            self.logs[group.name] = [one_line(line) for line in lines[-LOG_LINES:]]
+            told = [line for line in lines[:-LOG_LINES] if "Error" in line]
+            kept = told[:LOG_LINES] + lines[-LOG_LINES:]
+            self.logs[group.name] = [one_line(line) for line in kept]
         why = ended or _last(lines) or f"its process ended with {process.returncode}"
         self.add([Row(group.name, name, "failed", one_line(why)) for name in missing])
         self.write()

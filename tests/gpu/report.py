@@ -49,6 +49,8 @@ class Rows:
         except Exception as error:  # noqa: BLE001  # A row's edge: the next one goes on.
             traceback.print_exc()
             row.status = "failed"
+            while isinstance(error, ExceptionGroup):  # What a task group says tells nothing.
+                error = error.exceptions[0]
             row.said = one_line(f"{type(error).__name__}: {error}")
         row.seconds = round(time.monotonic() - began, 2)
         with self._path.open("a", encoding="utf-8") as file:

@@ -95,8 +95,8 @@ SHAPES = {
         ),
         {
             "num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4,
-            "num_key_value_heads": 4, "intermediate_size": 256, "kv_lora_rank": 64,
-            "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "head_dim": 16,
+            "num_key_value_heads": 4, "intermediate_size": 256, "kv_lora_rank": 512,
+            "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32, "head_dim": 64,
             "first_k_dense_replace": 2, "max_position_embeddings": 2048,
         },
     ),
