@@ -15,6 +15,7 @@ from kvtransfer.protocol import Region
 from kvtransfer.receiver import Receiver, Timeouts
 from kvtransfer.refusal import Unserved
 from kvtransfer.step_events import StepEvents
+from kvtransfer.transports.api import TransferError
 from kvtransfer.transports.choose import PREFERRED, available
 from kvtransfer.vllm_memory import place
 from kvtransfer.vllm_records import HandoffStats, StepPlan, StepReport, WorkerFacts, account
@@ -68,16 +69,19 @@ class WorkerHalf:
         memory, layout = placed.memory, placed.layout
         log.info("KV memory", extra={"huge_bytes": huge_pages.advise(memory)})
         transports, missing = available(memory, self._names or PREFERRED, host=self._host)
-        if not transports:
+        regions = []
+        for transport in transports:
+            try:
+                offer = transport.offer(memory)
+            except TransferError as error:
+                missing[transport.name] = str(error)
+                continue
+            self._offers.append(offer)
+            regions.append(Region(transport.name, offer.description, memory.segments[0].blocks))
+        if not regions:
             raise Unserved(f"no KV transport can be used here: {missing}; see --kv-transports")
         for name, reason in missing.items():
             log.warning("KV transport left out", extra={"transport": name, "reason": reason})
-        blocks = memory.segments[0].blocks
-        regions = []
-        for transport in transports:
-            offer = transport.offer(memory)
-            self._offers.append(offer)
-            regions.append(Region(transport.name, offer.description, blocks))
         block_bytes = sum(layout.segments[n] for group in layout.groups for n in group.segments)
         self.facts = WorkerFacts(layout, regions, block_bytes)
         self._steps = StepEvents(memory.device)
