@@ -303,7 +303,7 @@ def test_without_a_readable_ticket_nothing_is_prefilled(pair: Pair) -> None:
 def test_a_seeded_prompt_longer_than_a_step_is_computed_by_the_decode_worker(
     pair: Pair, aggregated: str
 ) -> None:
-    """vLLM's CPU engine dies of one that it computes in pieces."""
+    """In pieces, of which vLLM's own CPU engine dies (`workers.engines.vllm_worker_process`)."""
     prompt = random_prompt(300, seed=3)
     seeded = {"temperature": 0.9, "seed": 7}
     asked = pair.decode.generate(
