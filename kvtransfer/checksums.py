@@ -44,18 +44,18 @@ class Mode(Enum):
 
 
 class Checksums:
-    """Of one memory, for one thread. Nothing here makes an engine's step wait."""
+    """Checksums of one memory, for one thread. Nothing here makes an engine's step wait."""
 
     def __init__(self, memory: Memory, slots: Sequence[Sequence[int]], mode: Mode) -> None:
         """`slots`: the segments that each block of a column is in (`Layout.slots`)."""
         self._memory, self._slots, self._mode = memory, slots, mode
         self._copies: DevicePieces | None = None
-        """Of a device's memory, once something of it is hashed."""
+        """Made for a device's memory, once something of it is hashed."""
 
     def begin(
         self, columns: Sequence[Sequence[int]], seed: bytes, first: int, mode: Mode | None = None
     ) -> Batch:
-        """Of these columns, in prompt order from its column `first`: blocks that are written.
+        """Begin with these columns, of a prompt from its column `first`: blocks that are written.
 
         Null blocks are left out. `seed` and a block's place in the prompt decide which layers are
         sampled, so both sides must pass the same ones. Blocks must exist. `mode`: the other side's,

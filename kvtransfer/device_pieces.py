@@ -35,7 +35,7 @@ class Copy:
     def __init__(self, slot: _Slot, parts: list[tuple[int, int]]) -> None:
         self._slot: _Slot | None = slot
         self._parts = parts
-        """Of each entry: blocks, and bytes of one."""
+        """For each entry: blocks, and bytes of one."""
 
     def ready(self) -> bool:
         """Whether its bytes are there. Never waits."""

@@ -41,7 +41,7 @@ class Order:
     epoch: str
     endpoint: str
     token_ids: list[int]
-    """Those whose KV is handed over, from the prompt's first."""
+    """The tokens whose KV is handed over, from the prompt's first."""
     salt: str | None
     lora: str | None
     model_digest: str
@@ -51,7 +51,7 @@ class Order:
     local_blocks: list[list[int]]
     """Ours, by column from the prompt's first; those that are cached are not looked at."""
     items: tuple[Item, ...] = ()
-    """What of the prompt is no text."""
+    """Images and the like in the prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ class Blocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
     block_ids: list[list[int]]
     """The sender's, by column; `NULL_BLOCK` for what the prompt's next token does not attend to."""
     links: bytes
-    """Of the chain, `LINK_BYTES` a column."""
+    """Links of the chain, `LINK_BYTES` a column."""
     sums: list[list[int]]
     """By column, a checksum of each rank's part (`kvtransfer.checksums`); empty when off."""
 

@@ -126,7 +126,7 @@ def tell_deaths() -> None:
 
 
 class Causes:
-    """What the engine's processes tell. One at a time in a process; `close` removes the file."""
+    """Causes that the engine's processes tell. One at a time; `close` removes the file."""
 
     def __init__(self) -> None:
         descriptor, name = tempfile.mkstemp(prefix="tandem-causes-")

@@ -13,7 +13,7 @@ STEPS_MAX: Final = 64
 
 
 class Event(Protocol):
-    """What is used of `torch.cuda.Event`."""
+    """The part of `torch.cuda.Event` that is used."""
 
     def record(self) -> None:
         """Mark this point of the current stream."""
@@ -56,7 +56,7 @@ class StepEvents(Generic[What]):
         self._steps.append((what, event))
 
     def over(self) -> list[What]:
-        """What was recorded for steps that are over since the last call, oldest first.
+        """Give back what was recorded for steps that are over since the last call, oldest first.
 
         A stream runs in order, so nothing comes before what was recorded earlier.
         """

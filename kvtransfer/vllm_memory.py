@@ -136,7 +136,7 @@ def _layout(
 
 
 def _digest(layers: list[_Layer], kv_layout: KVCacheLayout, config: VllmConfig) -> str:
-    """Of what must be equal for the same bytes to be the same KV; blocks and heads are apart."""
+    """Digest of what must be equal for the same bytes to mean the same; not of blocks and heads."""
     told = [
         [x.name, x.backend, x.kernel_tokens, str(x.tensor.dtype), x.tensor.shape[-1]]
         for x in layers

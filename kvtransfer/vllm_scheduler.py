@@ -45,11 +45,11 @@ class _Produced:
     links: bytes
     generation: int = 0
     tokens: int = 0
-    """Of the prompt, handed over: the others the receiver computes."""
+    """Prompt tokens that are handed over; the receiver computes the others."""
     planned: int = 0
     """Columns of this generation that some step completes, the present one included."""
     block_ids: list[list[int]] = field(default_factory=list)
-    """Of those."""
+    """The blocks of those columns."""
     after: int = 0
     """Tokens that are computed after the present step; 0 before the first."""
     told: bool = False

@@ -1,4 +1,4 @@
-"""What a step of vLLM's scheduler computes, for the rates that routers learn."""
+"""The work of a step of vLLM's scheduler, for the rates that routers learn."""
 
 from __future__ import annotations
 

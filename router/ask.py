@@ -33,9 +33,9 @@ class Ask:
     cache_salt: str | None = None
     lora_name: str | None = None
     items: tuple[Item, ...] = ()
-    """What of the prompt is no text."""
+    """Images and the like in the prompt."""
     contents: bytes = b""
-    """What they are, for the engine."""
+    """The items' contents, in the engine's encoding."""
     priority: int = 0
     relay: bool = False
     """The prefill worker may sample the first token: what follows stays what it would be."""
@@ -50,7 +50,7 @@ class Ask:
 
     @property
     def identity(self) -> tuple[list[int], str | None, str | None, tuple[Item, ...]]:
-        """What equal prefixes have in common: tokens, salt, adapter, items."""
+        """Tokens, salt, adapter and items: equal prefixes have them in common."""
         return self.prompt_token_ids, self.cache_salt, self.lora_name, self.items
 
     @property

@@ -134,7 +134,7 @@ class Generate(_Message, frozen=True):
     priority: int = 0
     """Lower runs first, as in vLLM."""
     items: tuple[Item, ...] = ()
-    """What of the prompt is no text, by content hash and place."""
+    """Images and the like in the prompt, by content hash and place."""
     contents: bytes = b""
     """The engine's own encoding of what the items are. A decode worker gets it too: see
     docs/handoff.md. Empty for the simulated engine."""

@@ -27,8 +27,8 @@ _A_PATH: Final = "reasoning_parser_plugin"
 
 
 def constraints(config: VllmConfig) -> str:
-    """What differs from vLLM's defaults, as `name=value` with commas between; in an order that is
-    always the same. Empty for an engine without a parser and with all defaults."""
+    """Settings that differ from vLLM's defaults, as `name=value` with commas between, in an order
+    that is always the same. Empty for an engine without a parser and with all defaults."""
     told = {
         f"{kind}.{name}": value
         for kind, part in (

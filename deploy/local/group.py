@@ -168,7 +168,7 @@ class LocalGroup:
 
 
 def shared_flags(flags: Sequence[str]) -> list[str]:
-    """Those of the workers' flags that the router must have too, with their values, in order.
+    """The workers' flags that the router must have too, with their values, in order.
 
     A flag's value follows it, or an equals sign; one of JSON may have a key of its own instead
     (`--structured-outputs-config.backend xgrammar`).

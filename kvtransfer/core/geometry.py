@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Columns = Sequence[Sequence[int]]
 
 UNITS_MAX: Final = 2**31 - 1
-"""Of one rank's memory: units are counted in 32 bits."""
+"""Units of one rank's memory: they are counted in 32 bits."""
 TOKENS_MAX: Final = 1 << 24
 SLOTS_MAX: Final = 4096
 """Block ids of one column."""
@@ -186,7 +186,7 @@ class _Side:
     slots: tuple[tuple[int, ...], ...]
     """The segments that each block id of a column is in."""
     heads: tuple[int, ...] | None = None
-    """Of those that this rank holds, counted from its own first; None for blocks kept whole."""
+    """KV heads that this rank holds, counted from its own first; None for blocks kept whole."""
     strides_a_block: int = 1
     firsts: tuple[int, ...] = ()
     """The first unit of each segment."""
@@ -225,7 +225,7 @@ class _Side:
         return units
 
     def _pieces(self, segment: int) -> NDArray[np.int64]:
-        """Of a block, from its first unit."""
+        """Units of a block on this side, from its first unit."""
         if self.heads is None:
             return np.arange(self.sizes[segment], dtype=np.int64)
         return np.asarray(self.heads, dtype=np.int64) * self.strides_a_block

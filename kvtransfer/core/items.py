@@ -1,4 +1,4 @@
-"""What of a prompt is no text (images, clips, recordings), as a part of the prompt's identity.
+"""Items of a prompt (images, clips, recordings) as a part of the prompt's identity.
 
 Such an item stands in a prompt as a row of equal placeholder tokens, so tokens don't say which item
 it is. Its content hash does: vLLM computes one for each (`mm_features`), and puts it, with the
@@ -67,7 +67,7 @@ def _marks(items: Sequence[Item], block_tokens: int) -> Iterator[bytes]:
 
 
 def within(items: Iterable[Item], start: int, end: int) -> tuple[Item, ...]:
-    """What tokens `start` to `end` show of items: counted from `start`, and cut off at `end`."""
+    """The items that tokens `start` to `end` show: counted from `start`, and cut off at `end`."""
     return tuple(
         Item(i.identifier, i.offset - start, min(i.offset + i.length, end) - i.offset)
         for i in items

@@ -70,7 +70,7 @@ def available(
 def candidates(
     memory: Memory, offered: Sequence[tuple[str, bytes]], ours: Sequence[Transport]
 ) -> list[tuple[Transport, bytes]]:
-    """Those of ours that the sender offers and that may reach it, with its descriptions, in order.
+    """Our transports that the sender offers and that may reach it, with its descriptions, in order.
 
     Raises `TransferError` where there is none, which names both sides' transports.
     """

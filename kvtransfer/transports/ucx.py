@@ -68,7 +68,7 @@ class UcxTransport:
         self._reaches = reaches
         self._shared = shared
         self._agents: dict[Memory, Agent] = {}
-        """Those that are shared. Connecting threads take turns to make them."""
+        """Agents that are shared. Connecting threads take turns to make them."""
         self._lock = threading.Lock()
 
     def missing(self, memory: Memory) -> str | None:

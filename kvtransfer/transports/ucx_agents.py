@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kvtransfer.transports.api import Units
 
 CMA_PIECE: Final = "8m"
-"""Of one system call's copy; UCX's 512 KiB lose a tenth (docs/adr/0005). UCX_CMA_SEG_SIZE wins."""
+"""One system call's copy; UCX's 512 KiB lose a tenth (docs/adr/0005). UCX_CMA_SEG_SIZE wins."""
 ROWS_MAX: Final = 4 << 20
 """NIXL keeps some 90 bytes for each row of a list, and takes 0.2 us to make it."""
 
@@ -59,7 +59,7 @@ class Member:
 
 
 OURS: Final = ""
-"""Whose list it is, where it is not a sender's."""
+"""The name of our own list, beside those of senders."""
 
 
 @dataclass(slots=True)
@@ -248,7 +248,7 @@ def bare_agent(memory: Memory, options: Options, also: Iterable[Memory] = ()) ->
 
 
 def settings(memory: Memory, options: Options) -> dict[str, str]:
-    """What UCX is told, without its prefix; what the environment says stays."""
+    """UCX's settings, without their prefix; what the environment says stays."""
     wanted = {"CMA_SEG_SIZE": CMA_PIECE}
     if memory.device != device.HOST:
         # UCX leaves reads out where it sees no NVLink, and would ask the sender's CPU for each.

@@ -63,7 +63,7 @@ class Cookie:
         self.memory = memory_of(address, on)
 
     def content(self) -> bytes:
-        """What it holds now, all of it."""
+        """All that it holds now."""
         (segment,) = self.memory.segments
         on = self.memory.device
         if on == device.HOST:

@@ -73,7 +73,7 @@ def _release(version: str) -> str:
 
 
 class Unlike(StrEnum):
-    """What keeps two workers from handing off KV, told from their hellos."""
+    """Differences that keep two workers from handing off KV, told from their hellos."""
 
     MODEL = "model"
     LAYOUT = "layout"

@@ -20,7 +20,7 @@ RETRIED_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Warned:
-    """What an operator is to be told, once: the workers that it is of, and why."""
+    """A warning that an operator is told once: the workers that it is of, and why."""
 
     message: str
     workers: tuple[str, ...]
@@ -46,7 +46,7 @@ class Handoffs:
         self._unpaired: dict[str, tuple[Unlike, str]] = {}
         """By worker that can hand off with nobody of the other role."""
         self._told: set[str] = set()
-        """Of those, who the operator has been told of; forgotten when it leaves."""
+        """Workers of those that the operator has been told of; one is forgotten when it leaves."""
 
     @property
     def unpaired(self) -> dict[Unlike, int]:
@@ -61,7 +61,7 @@ class Handoffs:
 
     @property
     def degraded(self) -> str | None:
-        """What does not work, a line each with its reason; None while nothing is known to fail."""
+        """Handoffs that don't work, a line each with its reason; None while none is known."""
         told = [
             f"{', '.join(workers)}: no handoff: {reason}"
             for reason, workers in self._by_reason(self._unpaired).items()

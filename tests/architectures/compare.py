@@ -22,7 +22,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What the reference answered, token by token."""
+    """The reference's answer, token by token."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -32,7 +32,7 @@ class Truth:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the router answered, and what it noted of it."""
+    """The router's answer, and its record of it."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None

@@ -58,7 +58,7 @@ Options = dict[str, Any]
 
 
 HEAD_BYTES = 2 * 2 * 32 * 4
-"""Of one layer of the tiny models for one token: K and V of two heads of 32 floats."""
+"""Bytes of one layer of the tiny models for one token: K and V of two heads of 32 floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,12 @@ class Windows:
     layers_full: int
     layers_sliding: int
     full_bytes: int = HEAD_BYTES
-    """Of one full layer for one token."""
+    """Bytes of one full layer for one token."""
     sliding_block: int = BLOCK
     """Tokens a block of the sliding layers: vLLM makes blocks of all groups equal in bytes."""
 
     def bytes_max(self, tokens: int) -> int:
-        """Of a prompt of so many tokens."""
+        """Bytes of a prompt of so many tokens."""
         full = _ceil(tokens, BLOCK) * BLOCK * self.layers_full * self.full_bytes
         # A window begins inside a block, and so ends inside one more than it fills.
         blocks = min(_ceil(tokens, self.sliding_block), WINDOW // self.sliding_block + 1)
@@ -92,10 +92,10 @@ class Family:
     model: str
     """One of `MODELS`."""
     kv: str
-    """What its KV cache is made of, in words."""
+    """The make-up of its KV cache, in words."""
     expected: Expected = field(default_factory=Equal)
     given: str = ""
-    """What is special about it, for people: in Markdown."""
+    """The special thing about it, for people: in Markdown."""
     flags: tuple[str, ...] = ()
     prefill_flags: tuple[str, ...] = ()
     decode_flags: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What is not served is refused in one line; what no engine here can serve is shown to be so."""
+"""Families not served are refused in one line; that no engine here serves the others is shown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rows(kind: type[Refused | NotHere | Unsure]) -> list[Family]:
 
 
 @pytest.mark.parametrize("family", rows(Refused), ids=lambda f: f.name)
-def test_what_is_not_served_is_refused_in_the_last_line(bench: Bench, family: Family) -> None:
+def test_a_family_not_served_is_refused_in_the_last_line(bench: Bench, family: Family) -> None:
     assert isinstance(family.expected, Refused)
     group = bench.group(family, VARIANTS[0], prefill=1)
     with pytest.raises(PartDied), group:

@@ -179,7 +179,7 @@ def skip_all(rows: Rows, reason: str, first: int = 0) -> None:
 
 
 def _sums(memory: Memory) -> list[int]:
-    """Of some blocks, all layers; block 0 is never hashed."""
+    """Checksums of some blocks, all layers; block 0 is never hashed."""
     found = Checksums(memory, [range(len(memory.segments))], Mode.FULL)
     blocks = range(1, min(memory.segments[0].blocks, 65))
     return found.of([[block] for block in blocks], b"gpu-check", 0)

@@ -33,7 +33,7 @@ def over(array: Any) -> Memory:
 
 
 def sums(kv: Memory, blocks: Iterable[int], mode: Mode, seed: bytes) -> list[int]:
-    """Of columns of one block each; `blocks` as they lie in the array."""
+    """Checksums of columns of one block each; `blocks` as they lie in the array."""
     found = checksums.Checksums(kv, [range(len(kv.segments))], mode)
     return found.of([[b + 1] for b in blocks], seed, 0)
 

@@ -33,7 +33,7 @@ GOOD = Manifest(20, 2, LINKS[-LINK_BYTES:], "m", "t", None)
 
 
 def layout_of(ranks: int = 1, block_tokens: int = 16, layers: int = 2, **others: object) -> Layout:
-    """Of one group of full attention, four heads of 8 bytes a token."""
+    """A layout of one group of full attention, four heads of 8 bytes a token."""
     size = max(1, 4 // ranks) * block_tokens * 8
     group = Group("full_attention", 0, block_tokens, list(range(layers)))
     plain = Layout(

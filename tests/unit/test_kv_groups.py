@@ -206,7 +206,7 @@ def pulled(theirs: list[list[int]], ours: list[list[int]] = OURS) -> Pull:
     return pull
 
 
-def test_what_has_left_the_window_is_neither_needed_nor_read() -> None:
+def test_blocks_before_the_window_are_neither_needed_nor_read() -> None:
     pull = pulled([[NULL_BLOCK], [9], [7], [8]])
     assert pull.error is None, "what stands before our window is the sender's own business"
     assert pull.next_read(9, 1.0) == (1, range(2, 4))

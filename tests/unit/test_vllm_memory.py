@@ -69,7 +69,7 @@ def allocated(
 
 
 def bytes_of(tensor: Any, block: int, parts: int) -> np.ndarray:
-    """What the engine sees in one of the manager's blocks, whatever its order in memory, sorted."""
+    """Bytes that the engine sees in one of the manager's blocks, sorted: their order differs."""
     import torch
 
     held = tensor[block * parts : (block + 1) * parts].contiguous().view(torch.uint8)

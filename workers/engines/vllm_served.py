@@ -1,4 +1,4 @@
-"""What of vLLM a worker does not serve, refused before an engine is loaded."""
+"""Flags and models of vLLM's that a worker does not serve, refused before an engine is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of ours each process with a part of the model imports before it builds anything.
+"""Our part in each process with a part of the model: it is imported before it builds anything.
 
 vLLM imports this module for the name in `--worker-extension-cls`.
 """
