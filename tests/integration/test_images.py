@@ -233,7 +233,7 @@ WRONG: list[tuple[list[dict[str, Any]], int, str | None]] = [
 
 
 @pytest.mark.parametrize("which", range(len(WRONG)))
-def test_what_is_no_image_of_ours_is_the_clients_fault(pictures: LocalGroup, which: int) -> None:
+def test_a_bad_image_is_the_clients_fault(pictures: LocalGroup, which: int) -> None:
     content, status, field = WRONG[which]
     body = {"model": NAME, "messages": [{"role": "user", "content": [*content, said("What?")]}]}
     answer = httpx.post(f"{pictures.url}/v1/chat/completions", json=body, timeout=60)

@@ -83,7 +83,7 @@ def test_a_refusal_in_one_of_the_engine_s_processes_is_the_worker_s_last_line(
     assert lines[-1].endswith("see --kv-transports")
 
 
-def test_what_vllm_itself_fails_of_is_in_the_last_line() -> None:
+def test_vllms_own_failure_is_in_the_last_line() -> None:
     flags = ["--dtype", "float32", "--enforce-eager", "--num-gpu-blocks-override", "2"]
     status, lines = start("--role", "prefill", "--model", MODEL, *flags)
     assert status == 1

@@ -49,7 +49,7 @@ def test_defaults_are_no_constraints_with_a_reasoning_configuration_and_without(
         ({}, {"reasoning_end_str": "</t>"}),
     ],
 )
-def test_whatever_decides_where_a_grammar_binds_is_compared(
+def test_settings_that_decide_where_a_grammar_binds_are_compared(
     structured: dict[str, Any], reasoning: dict[str, Any] | None
 ) -> None:
     told = constraints(config(reasoning, **structured))

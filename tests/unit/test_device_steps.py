@@ -118,7 +118,7 @@ def test_the_blocks_asked_for_come_in_their_order(held: Any) -> None:
         assert np.array_equal(found, arrays[number][ids][:, :size])
 
 
-def test_what_comes_is_a_copy(held: Any) -> None:
+def test_copies_hold_the_blocks_bytes(held: Any) -> None:
     arrays, memory = held
     copy = DevicePieces(memory).start([(0, [1])])
     assert copy is not None

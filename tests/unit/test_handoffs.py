@@ -179,7 +179,7 @@ def test_another_prefill_worker_is_taken_where_one_s_kv_can_t_be_read() -> None:
     assert asked == {"p2"}
 
 
-def test_what_a_worker_failed_of_goes_with_it() -> None:
+def test_a_workers_failures_go_with_it() -> None:
     f = pair()
     for n in range(FAILED_MAX):
         handed_off(f, f"r{n}", "no")

@@ -107,7 +107,7 @@ def test_a_receiver_with_another_image_refuses_the_kv() -> None:
 # ------------------------------------------------------------ told by caches
 
 
-def test_of_a_change_that_is_known_in_part_the_rest_is_told_with_its_items() -> None:
+def test_a_change_known_in_part_tells_the_rest_with_its_items() -> None:
     mirror, cat = CacheMirror(), Item("cat", 1, 9)
     mirror.apply([Stored(["1"], None, [9] * SIZE, items=within([cat], 0, SIZE))])
     mirror.apply([Stored(["1", "2", "3"], None, [9] * 3 * SIZE, items=(cat,))])

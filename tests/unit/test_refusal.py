@@ -38,7 +38,7 @@ def test_a_refusal_is_told_in_its_own_words_and_raised_on(causes: Causes) -> Non
     assert (cause.text, cause.unserved) == ("windows are not served: use --this", True)
 
 
-def test_what_is_no_refusal_is_not_carried(causes: Causes) -> None:
+def test_other_errors_are_not_carried_as_refusals(causes: Causes) -> None:
     with pytest.raises(KeyError), carried():
         raise KeyError("x")
     assert causes.first() is None

@@ -252,7 +252,7 @@ def test_where_none_reaches_the_message_names_both_sides() -> None:
         candidates(CPU, [], [])
 
 
-def test_what_can_not_connect_is_passed_over_for_the_next_and_told_once(
+def test_a_transport_that_can_not_connect_is_passed_over_and_told_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     memory, tcp = MemoryTransport(), TcpTransport()

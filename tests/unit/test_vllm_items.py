@@ -95,7 +95,7 @@ part = st.one_of(
              min_size=1, max_size=5)
 )  # fmt: skip
 @settings(max_examples=60)
-def test_what_is_foretold_is_what_vllm_finds(asked: list[tuple[list[Any], str | None]]) -> None:
+def test_hits_are_foretold_as_vllm_finds_them(asked: list[tuple[list[Any], str | None]]) -> None:
     """Among prompts of which vLLM has computed all but the last."""
     requests = [request(number, *each) for number, each in enumerate(asked)]
     index, pool = stored(requests[:-1])

@@ -55,7 +55,7 @@ def test_a_flag_that_no_worker_can_honour_is_refused_by_its_name(connector: str,
 
 
 @pytest.mark.parametrize("flag", WITH_A_HANDOFF)
-def test_what_can_t_be_handed_off_is_left_to_workers_that_hand_nothing_off(flag: str) -> None:
+def test_flags_refused_beside_a_handoff_are_served_without_one(flag: str) -> None:
     args = arguments(flag, WITH_A_HANDOFF[flag])
     for connector in ("tandem", "nixl"):
         with pytest.raises(Unserved, match=rf"{flag}.*--kv-connector none"):
