@@ -138,7 +138,7 @@ TRIED = "tokens over `ucx`, 1 round"
 REFUSES = "vLLM's error"
 
 FAMILIES: tuple[Family, ...] = (
-    Family("llama", "llama", "full attention", seen=ONCE, short=True),
+    Family("llama", "llama", "full attention", seen=ONCE),
     Family("qwen2", "qwen2", "full attention", seen=ONCE),
     Family("qwen3", "qwen3", "full attention", seen=ONCE),
     Family("qwen3-moe", "qwen3-moe", "full attention", seen=TRIED),
@@ -156,7 +156,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("gemma2", "gemma2", "sliding and full groups", windows=Windows(2, 2)),
     Family(
-        "gemma3", "gemma3", "sliding and full groups", windows=Windows(2, 4), seen=ONCE, short=True
+        "gemma3", "gemma3", "sliding and full groups", windows=Windows(2, 4), seen=ONCE
     ),
     Family(
         "gpt-oss", "gpt-oss", "sliding and full groups, sinks",
