@@ -104,10 +104,13 @@ def test_cached_tokens_are_what_the_prefill_worker_had(run: Run) -> None:
     for name, answer in started(run).passes.answers[ONE_BY_ONE].items():
         there = computed.setdefault(answer.record["prefill_worker"], [])
         told[name] = answer.cached_tokens
-        expected[name] = cached(run, PROMPTS[name], there)
-        there.append(PROMPTS[name])
+        expected[name] = cached(run, prefilled(name, ONE_BY_ONE), there)
+        there.append(prefilled(name, ONE_BY_ONE))
         assert answer.record["cached_tokens"] == answer.cached_tokens
-    assert told == expected
+    if run.family.windows is None:
+        assert told == expected
+    else:  # A cache of windows may keep less.
+        assert {n for n, tokens in told.items() if tokens > expected[n]} == set()
 
 
 @each_run
@@ -118,16 +121,27 @@ def test_cached_tokens_are_within_what_was_asked(run: Run, name: str) -> None:
     left: dict[str, list[list[int]]] = {}
     if name == CACHED:
         for prompt, answer in run.passes.answers[ONE_BY_ONE].items():
-            left.setdefault(answer.record["prefill_worker"], []).append(PROMPTS[prompt])
+            there = left.setdefault(answer.record["prefill_worker"], [])
+            there.append(prefilled(prompt, ONE_BY_ONE))
     wrong: dict[str, Any] = {}
     for prompt, answer in run.passes.answers[name].items():
-        ids = PROMPTS[prompt]
+        ids = prefilled(prompt, name)
         others = [other for n, other in PROMPTS.items() if n != prompt or name == CACHED]
         least = cached(run, ids, left.get(answer.record["prefill_worker"], []))
+        least = 0 if run.family.windows is not None else least
         most = cached(run, ids, others)
         if not least <= answer.cached_tokens <= most:
             wrong[prompt] = (least, answer.cached_tokens, most)
     assert wrong == {}
+
+
+def prefilled(prompt: str, name: str) -> list[int]:
+    """The tokens that a prefill worker computes: all where it says the first of the answer itself.
+
+    Else the prompt's last one is left to the decode worker.
+    """
+    ids = PROMPTS[prompt]
+    return ids if name == CACHED else ids[:-1] or ids
 
 
 def cached(run: Run, prompt: list[int], computed: list[list[int]]) -> int:
