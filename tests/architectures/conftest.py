@@ -26,7 +26,7 @@ def bench() -> Iterator[Bench]:
 
 @pytest.fixture
 def run(request: pytest.FixtureRequest, bench: Bench) -> Run:
-    """Of the row and variant that a test names."""
+    """The run of the row and variant that a test names."""
     family, variant = request.param
     return bench.run(family, variant)
 

@@ -66,7 +66,7 @@ def chat(url: str, model: str, question: str, **options: Any) -> dict[str, Any]:
 
 
 def truth(said: dict[str, Any]) -> Truth:
-    """Of a completion with `logprobs` and two `top_logprobs`."""
+    """The answer of a completion with `logprobs` and two `top_logprobs`."""
     [choice] = said["choices"]
     told = choice["logprobs"]["content"]
     best = [sorted((x["logprob"] for x in t["top_logprobs"]), reverse=True) for t in told]

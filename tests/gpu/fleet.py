@@ -42,7 +42,7 @@ class Answer:
 
     @property
     def pulled(self) -> Delta:
-        """What the decode worker told of the transfer."""
+        """The decode worker's account of the transfer."""
         return next(d for d in self.deltas if d.kv_tokens or d.kv_failed)
 
 

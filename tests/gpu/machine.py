@@ -1,4 +1,4 @@
-"""What there is to run on: versions, whether NIXL takes the device's memory, how fast it copies."""
+"""The machine to run on: versions, whether NIXL takes the device's memory, how fast it copies."""
 
 from __future__ import annotations
 

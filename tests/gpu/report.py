@@ -23,7 +23,7 @@ class Row:
     status: str = "ok"
     """`ok`, `failed` or `skipped`."""
     said: str = ""
-    """What there is to say: a failure's or a skip's reason, in one line."""
+    """A remark: a failure's or a skip's reason, in one line."""
     seconds: float = 0.0
     figures: dict[str, Any] = field(default_factory=dict)
 
@@ -58,7 +58,7 @@ class Rows:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What a group has written so far; a line that is being written is left for the next time."""
+    """The rows that a group has written; a line that is being written is left for later."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.gpu.report import Rows
 
 GRAPHS = ("llama-1b", "llama-8b")
-"""Those with CUDA graphs and compiling, as one serves them; the others start faster without."""
+"""Shapes with CUDA graphs and compiling, as one serves them; the others start faster without."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ TINY = Sizes((1, 31, 32, 33, 100, 300), 6, (64, 200), 1, 2, 24, 2)
 
 
 DUMMY = ("llama-8b",)
-"""Those whose weights are vLLM's dummies: 15 GiB take too long to write, and times are the same."""
+"""Shapes with vLLM's dummy weights: 15 GiB take too long to write, and times are the same."""
 
 
 def flags_for(name: str, machine: Machine) -> list[str]:
@@ -110,7 +110,7 @@ def _rows(rows: Rows, fleet: Fleet | None, runner: asyncio.Runner, sizes: Sizes,
 
 
 def _described(fleet: Fleet) -> dict[str, Any]:
-    """What vLLM made of the flags."""
+    """The settings that vLLM made of the flags."""
     config, facts = fleet.decode.config, fleet.decode.facts
     compiled = config.compilation_config
     return {
@@ -179,7 +179,7 @@ async def _first_tokens(fleet: Fleet, sizes: Sizes, figures: dict[str, Any]) -> 
 
 
 async def _transfer(fleet: Fleet, sizes: Sizes, figures: dict[str, Any]) -> None:
-    """What a long prompt's transfer takes, and the share of it while the prompt was computed."""
+    """A long prompt's transfer: its time, and the share of it while the prompt was computed."""
     for tokens in sizes.long:
         told = []
         for turn in range(sizes.repeats):

@@ -31,7 +31,7 @@ _LLAMA = {
 class Shape:
     config: dict[str, Any]
     tiny: dict[str, Any]
-    """What a dry run has in its place."""
+    """The shape that a dry run has in its place."""
 
     def write(self, folder: Path, *, dry: bool) -> Path:
         """A model's folder, without weights."""

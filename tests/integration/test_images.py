@@ -47,7 +47,7 @@ CHATS: list[tuple[str, str]] = [
 
 @dataclass(frozen=True)
 class Answer:
-    """What one engine, or a group, says to one chat."""
+    """One engine's, or a group's, answer to one chat."""
 
     prompt: list[int]
     tokens: list[int]
@@ -107,7 +107,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> list[Answer]:
-    """Of plain vLLM, which has ended before the group begins: memory is short."""
+    """Answers of plain vLLM, which has ended before the group begins: memory is short."""
     with Aggregated(str(model), served_as=NAME, flags=FLAGS) as one:
         one.await_ready()
         return [ask(one.url, body_of(number, SEEDS)) for number in range(len(CHATS))]
@@ -128,7 +128,7 @@ def pictures(model: Path, expected: list[Answer]) -> Iterator[LocalGroup]:
 
 
 def seen(answer: Answer, names: str) -> list[object]:
-    """What the model sees at each place: a token, or a part of a certain image."""
+    """Each place as the model sees it: a token, or a part of a certain image."""
     places: list[object] = list(answer.prompt)
     images, at, part = iter(names), 0, 0
     name = ""
@@ -261,7 +261,7 @@ def test_scale_out_takes_a_client_s_images_and_not_its_word_for_them(pictures: L
 
 
 def test_an_image_s_name_is_its_tenants_own(pictures: LocalGroup) -> None:
-    """Whoever else says the name has said nothing."""
+    """The name says nothing in another tenant's mouth."""
 
     def status(part: dict[str, Any], tenant: str) -> int:
         messages = [{"role": "user", "content": [part, said("What?")]}]

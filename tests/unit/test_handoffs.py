@@ -1,4 +1,4 @@
-"""What an operator is told of handoffs that don't work, and what placement makes of them."""
+"""An operator is told of handoffs that don't work, and placement keeps prompts from them."""
 
 from __future__ import annotations
 

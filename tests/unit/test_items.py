@@ -44,7 +44,7 @@ def prompts(draw: st.DrawFn) -> Prompt:
 
 
 def seen(prompt: Prompt, end: int) -> object:
-    """What the model sees up to a token: at each place a token, or a part of an item."""
+    """The prompt up to a token as the model sees it: places with a token, or a part of an item."""
     tokens, items, salt, lora = prompt
     places: list[object] = list(tokens)
     for item in items:

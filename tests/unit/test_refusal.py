@@ -20,7 +20,7 @@ VLLMS_OWN = {
     "disable_existing_loggers": False,
     "loggers": {"vllm": {"level": "INFO", "handlers": [], "propagate": False}},
 }
-"""What vLLM configures in each of its processes, as far as it matters here."""
+"""Logging as vLLM configures it in each of its processes, as far as it matters here."""
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class Nixl:
 
 @pytest.fixture
 def happened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was done to devices, and by which thread."""
+    """The calls made to devices, and by which thread."""
     found: list[Any] = []
     monkeypatch.setattr(ucx_agents, "bare_agent", Nixl)
     monkeypatch.setattr(ucx_agents, "errors", lambda: (NixlError,))

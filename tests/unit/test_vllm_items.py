@@ -1,4 +1,4 @@
-"""What vLLM's cache tells of blocks with items in them is what routers make of a request."""
+"""Blocks with items: vLLM's cache tells of them as routers make them of a request."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ CONFIG = SimpleNamespace(
 
 
 def asked(told: tuple[Any, ...] | None = None, *, sent: bool = True, room: int = 4) -> Any:
-    """What the worker makes of a request with an image of three tokens."""
+    """The worker's view of a request with an image of three tokens."""
     from vllm.multimodal.inputs import (
         MultiModalFeatureSpec,
         MultiModalKwargsItem,

@@ -1,4 +1,4 @@
-"""What a worker can't serve of vLLM is refused before an engine is loaded, and named."""
+"""Flags and models that a worker can't serve are refused before an engine is loaded, and named."""
 
 from __future__ import annotations
 
