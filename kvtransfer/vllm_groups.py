@@ -141,6 +141,11 @@ class Columns:
         return any(g.is_state for g in self._groups)
 
     @property
+    def forget(self) -> bool:
+        """Some group keeps what one next token needs, and not what the one before it did."""
+        return any(g.window or g.is_state for g in self._groups)
+
+    @property
     def indexed_group(self) -> int:
         """The group whose cached blocks say most of what a prompt can hit."""
         whole = [n for n, g in enumerate(self._groups) if not g.window and not g.is_state]

@@ -123,6 +123,9 @@ class SchedulerHalf:
         reason = fetch.get("unreadable")
         if reason is None and computed % self._columns.tokens:
             reason = f"{computed} cached tokens are no whole columns of {self._columns.tokens}"
+        whole = fetch.get("tokens") == request.num_prompt_tokens
+        if whole and not fetch.get("relay") and self._columns.forget:
+            reason = "a window or state of the whole prompt can't give its last token again"
         if reason is None and fetch["tokens"] > computed:
             return fetch["tokens"] - computed, True
         request.kv_transfer_params["tandem_fetch"] = None
@@ -230,8 +233,7 @@ class SchedulerHalf:
     def _moved(self, produced: _Produced, tables: Tables) -> bool:
         """Some announced block is the request's no longer.
 
-        vLLM frees what the token after the prompt's last does not attend to. Where the receiver
-        computes that last one again (prompt logprobs), it may need a block more.
+        The token after the prompt's last needs less than the last itself (prompt logprobs).
         """
         columns = range(len(produced.block_ids))
         now = self._columns.ids(tables, produced.tokens, columns, self._kept_from(produced))

@@ -137,6 +137,25 @@ def test_columns_are_announced_once_every_rank_has_told_their_checksums(
     assert announced[1:] == [("h", 0, [[2]], [[11, 21]]), ("h", 0, [[3]], [[12, 22]])]
 
 
+@pytest.mark.parametrize(
+    ("window", "relay", "brought"), [(0, False, 5), (4, True, 5), (4, False, 0)]
+)
+def test_a_window_that_has_moved_past_the_last_token_is_not_fetched(
+    half: SchedulerHalf, window: int, relay: bool, brought: int
+) -> None:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.request import Request
+
+    from kvtransfer.vllm_groups import Columns, KvGroup
+
+    half._columns = Columns([KvGroup("sliding_window", window, 4)])
+    request = Request("r", list(PROMPT), SamplingParams(max_tokens=3), None)
+    fetch = {"handle": "h", "epoch": "e", "endpoint": "tcp://127.0.0.1:1", "tokens": len(PROMPT)}
+    request.kv_transfer_params = {"tandem_fetch": {**fetch, "relay": relay}}
+    assert half.match(request, 0)[0] == brought
+    assert len(half.take_stats().data["pulls"]) == (brought == 0), "a prompt computed here is told"
+
+
 def test_a_failed_pull_is_its_request_s_alone() -> None:
     """Block ids are shared: by requests of one prefix, and the null block by all."""
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1

@@ -206,7 +206,7 @@ def _shape(
         # The prefill worker has computed them.
         params.prompt_logprobs = None
         params.skip_reading_prefix_cache = False
-        fetch = _fetch(generate.ticket, handed)
+        fetch = {**_fetch(generate.ticket, handed), "relay": generate.relay}
         hand_off = _nixl_params(generate.ticket) if nixl else {"tandem_fetch": fetch}
     extra = {k: v for k, v in (params.extra_args or {}).items() if k != "kv_transfer_params"}
     if hand_off is not None:
