@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # Torch warns of its own deprecations while vLLM imports it.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
+# vLLM asks a hub for a model whose name is no path.
+A_FOLDER = str(Path(__file__).parent)
 NEVER = {
     "--pooler-config": "some",
     "--runner": "pooling",
@@ -40,7 +43,7 @@ def arguments(flag: str, value: Any) -> AsyncEngineArgs:
     """As parsed; by hand, since vLLM's parser takes a second to build."""
     from vllm import AsyncEngineArgs
 
-    args = AsyncEngineArgs(model="m")
+    args = AsyncEngineArgs(model=A_FOLDER)
     name = flag.removeprefix("--").replace("-", "_")
     assert hasattr(args, name)
     setattr(args, name, value)
@@ -64,14 +67,14 @@ def test_flags_refused_beside_a_handoff_are_served_without_one(flag: str) -> Non
 
 
 def test_vllm_s_own_defaults_are_served() -> None:
-    check_flags(parsed("m", []), connector="tandem")
+    check_flags(parsed(A_FOLDER, []), connector="tandem")
 
 
 def test_a_flag_that_vllm_does_not_know_ends_with_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        parsed("m", ["--nonsense"])
+        parsed(A_FOLDER, ["--nonsense"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == "tandem worker: unrecognized arguments: --nonsense\n"
 
