@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
 
 TOP = Path(__file__).parents[2]
-LINES_MAX = 400
+LINES_MAX = 500
 FUNCTION_LINES_MAX = 60
 PARAMETERS_MAX = 5
 BANNED_NAMES = {"utils", "common", "helpers", "misc"}
