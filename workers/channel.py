@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING, Final, Protocol
 
 import zmq
 
-from workers.api import MALFORMED, decode_to_worker, encode
+from workers.api import MALFORMED, ROUTER_SILENCE_S, decode_to_worker, encode
 from workers.gate import Gate
+from workers.loop_hold import TURN_S
 
 if TYPE_CHECKING:
     from workers.api import ToRouter, ToWorker
@@ -17,9 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECEIVE_MAX: Final = 64
 QUEUE_MAX: Final = 10_000
-"""Messages to one router that may wait; one that takes no more is gone."""
+"""Messages to one router that may wait; one that takes no more is gone. At one a step of 3 ms it is
+as long as a silent router's requests are kept."""
 
 
 class Listener(Protocol):
@@ -32,9 +34,15 @@ class Channel:
     """Frames in and out; who may say what is the listener's business."""
 
     def __init__(
-        self, host: str, port: int, listener: Listener, keys: WorkerKeys | None = None
+        self,
+        host: str,
+        port: int,
+        listener: Listener,
+        keys: WorkerKeys | None = None,
+        silence_s: float = ROUTER_SILENCE_S,
     ) -> None:
-        """Bind; with `keys`, only known routers get in.
+        """Bind; with `keys`, only known routers get in. `silence_s`: a connection over which
+        nothing comes, not even ZeroMQ's answers to its heartbeats, is closed.
 
         Raises zmq.ZMQError when the address is taken.
         """
@@ -48,7 +56,8 @@ class Channel:
         self._socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
         self._socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
+        # A stopped router answers no heartbeats, and goes on when it is resumed.
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(silence_s * 1000))
         self.gate = Gate(self._context, keys) if keys else None
         try:
             if self.gate:
@@ -89,7 +98,8 @@ class Channel:
     def _receive(self) -> None:
         if self._socket.closed:
             return
-        for _ in range(RECEIVE_MAX):
+        until = time.monotonic() + TURN_S
+        while time.monotonic() < until:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
