@@ -187,6 +187,7 @@ class Worker:
             lease_s=me.lease_s, handoff_endpoint=facts.handoff_endpoint,
             tells_cache=facts.tells_cache, step_tokens=facts.step_tokens,
             constraints=facts.constraints, dp_rank=facts.dp_rank, dp_size=facts.dp_size,
+            max_num_seqs=facts.max_num_seqs,
         )  # fmt: skip
 
     # ------------------------------------------------------------ from routers
