@@ -28,6 +28,9 @@ class Record(msgspec.Struct):
     waited_s: float = 0.0
     """For a turn and for room, before anything was started."""
     attempts: int = 0
+    hedged: bool = False
+    """Two tries ran at once, since the first token was overdue. What is told below is of the one
+    that brought it."""
     prefill_worker: str | None = None
     """None when the decode worker computed the prompt itself."""
     decode_worker: str | None = None
@@ -87,14 +90,13 @@ class Journal:
             if not record.attempts:
                 record.waited_s = now - record.started_at
             record.attempts += 1
-            record.prefill_worker = placement.prefill
-            record.decode_worker = placement.decode
-            record.predicted_tokens = predicted_tokens
-            record.candidates = placement.candidates
-            if made := placement.estimate:
-                record.estimated_ttft_s = made.ttft_s
-                record.estimated_decode_s = made.decode_s
-                record.estimated_damage_s = made.damage_s
+            _write(record, placement, predicted_tokens)
+
+    def won(self, request_id: str, placement: Placement, predicted_tokens: int) -> None:
+        """Of two tries at once, this one goes on."""
+        if record := self._records.get(request_id):
+            record.hedged = True
+            _write(record, placement, predicted_tokens)
 
     def pulled(self, request_id: str, delta: Delta) -> None:
         """The decode worker's first delta says how the prompt's KV got there."""
@@ -143,3 +145,14 @@ class Journal:
             for r in self._records.values()
             if name in (r.request_id, r.name) or r.name.endswith(ends) or r.name.startswith(begins)
         ]
+
+
+def _write(record: Record, placement: Placement, predicted_tokens: int) -> None:
+    record.prefill_worker = placement.prefill
+    record.decode_worker = placement.decode
+    record.predicted_tokens = predicted_tokens
+    record.candidates = placement.candidates
+    if made := placement.estimate:
+        record.estimated_ttft_s = made.ttft_s
+        record.estimated_decode_s = made.decode_s
+        record.estimated_damage_s = made.damage_s

@@ -111,6 +111,12 @@ class RouterSettings(BaseSettings):
     tenant_shares: Shares | None = Field(
         None, description="of the queue, name=share with commas between; others 1"
     )
+    hedge_after_s: Seconds = Field(
+        2, description="how late a first token is, beside its estimate, before a second try"
+    )
+    hedge_ratio: float = Field(
+        0.05, ge=0, le=1, description="most such second tries, as a share of requests"
+    )
     curve_secret_file: Path | None = Field(
         None, description="its own secret key: encrypts the token channel"
     )
