@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.local.parts import PartDied
 from tests.architectures.compare import Answer, Judged, Truth, Verdict, judge
-from tests.architectures.forks import ForkedGroup
 from tests.architectures.passes import CACHED, KILLED, ONE_BY_ONE, SALTED, Passes, run_passes
 from tests.architectures.prompts import LENGTH_MAX, PROMPTS
-from tests.architectures.zygote import Start
 from tests.asking import EVERYTHING
+from tests.forks import ForkedGroup
+from tests.zygote import Start
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.architectures.families import Family
-    from tests.architectures.forks import Forked, Zygote
+    from tests.forks import Forked, Zygote
 
 ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(LENGTH_MAX)]
 WORKER = ["--num-gpu-blocks-override", "1024", "--kv-answer-s", "20", "--kv-read-s", "40"]
