@@ -69,6 +69,7 @@ def _gemma3_270m(folder: Path) -> None:
     # transformers won't save by itself what it has read from such a file.
     config = model.config
     del config.quantization_config
+    config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     weights = model.state_dict()
     if config.tie_word_embeddings:
