@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from dataclasses import dataclass, field
@@ -88,6 +89,15 @@ class Prefill:
 
     def address(self) -> tuple[str, str]:
         return self._sender.endpoint, self._sends.epoch
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def dead(self) -> str | None:
+        return self._sender.dead
+
+    def malformed(self) -> int:
+        return self._sender.malformed_total
 
     def arrive(self, prompt: Prompt) -> bool:
         links = chain(prompt.token_ids, self._sends.cut.block_tokens, salt=None, lora=None)
@@ -262,6 +272,9 @@ class Decode:
     def seconds(self, request_id: str) -> tuple[Outcome, float]:
         began = time.monotonic()
         return self.outcome(request_id), time.monotonic() - began
+
+    def dead(self) -> str | None:
+        return self._receiver.dead
 
     def running(self) -> int:
         self._take(self._receiver.ended())
