@@ -229,7 +229,7 @@ class Sender:
         try:
             answers = self._answer(of, message)
         except Exception:  # noqa: BLE001  # A message's edge: no receiver may silence us for all.
-            self._log.exception("answering failed", {"frame": repr(frame[:200])})
+            self._log.exception("answering failed", {"kind": type(message).__name__})
             return
         for to, answer in answers:
             self._send(to, answer)
