@@ -123,6 +123,7 @@ def _limits(settings: RouterSettings) -> Limits:
         tenant_tokens_per_s=settings.tenant_tokens_per_s or inf,
         tenant_burst_s=settings.tenant_burst_s,
         shares=settings.tenant_shares or {},
+        message_bytes=settings.message_bytes_max,
     )
 
 
@@ -146,6 +147,7 @@ async def _serve(
         max_model_len=config.model_config.max_model_len,
         vllm_version=VLLM_VERSION,
         constraints=constraints(config),
+        message_bytes_max=settings.message_bytes_max,
     )
 
     def send(worker_id: str, message: ToWorker) -> None:

@@ -83,6 +83,8 @@ class Link:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
         socket.setsockopt(zmq.RCVHWM, SEND_QUEUE_MAX)
+        # A worker that says more is cut off, before any of it is taken.
+        socket.setsockopt(zmq.MAXMSGSIZE, self._links.facts.message_bytes_max)
         socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
         socket.setsockopt(zmq.RECONNECT_IVL, 100)

@@ -41,6 +41,9 @@ PROTOCOL = 4
 MALFORMED = kv.MALFORMED
 LOAD_INTERVAL_S = 0.5
 SILENCE_S = 5.0
+MESSAGE_BYTES_MAX = 32 << 20
+"""Default of the largest message on the token channel, either way: a million tokens of prompt, and
+27 MB of images. A setting of both sides (`--message-bytes-max`)."""
 
 Item = items.Item
 marks = items.marks
@@ -204,6 +207,8 @@ class WorkerHello(_Message, frozen=True):
     """Which of `dp_size` data-parallel ranks it is. They step together and share experts; each is
     a worker of its own, with its own requests and KV."""
     dp_size: int = 1
+    message_bytes_max: int = MESSAGE_BYTES_MAX
+    """The largest message that it takes or sends. A router that says more would lose it."""
 
 
 class Refused(_Message, frozen=True):

@@ -47,6 +47,7 @@ WORKER: dict[str, tuple[str, Any]] = {
     "kv_checksums": ("full", "full"),
     "kv_answer_s": ("2", 2.0),
     "kv_read_s": ("9.5", 9.5),
+    "message_bytes_max": ("67108864", 67108864),
     "curve_secret_file": ("a", Path("a")),
     "curve_routers_file": ("b", Path("b")),
 }
@@ -56,6 +57,7 @@ ROUTER: dict[str, tuple[str, Any]] = {
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
     "address_file": ("/address.json", Path("/address.json")),
+    "message_bytes_max": ("1048576", 1048576),
     "curve_secret_file": ("a", Path("a")),
     "notice_s": ("5", 5.0),
     "drain_s": ("600", 600.0),
