@@ -28,7 +28,14 @@ from router.dispatch import Dispatch
 from router.journal import Journal
 from router.leaving import Departure, LeavingServer
 from router.link import Curve, Links
-from router.metrics import CacheMetrics, DemandMetrics, HandoffMetrics, Metrics, QueueMetrics
+from router.metrics import (
+    CacheMetrics,
+    DemandMetrics,
+    HandoffMetrics,
+    Metrics,
+    QueueMetrics,
+    loop_hold,
+)
 from router.settings import RouterSettings
 from workers.addresses import write_addresses
 from workers.constraints import constraints
@@ -179,7 +186,7 @@ async def _serve(
     loop.add_signal_handler(signal.SIGTERM, server.leave, settings.notice_s)
     loop.add_signal_handler(signal.SIGINT, server.leave, 0.0)  # A person has no balancer.
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(links.run())]
+        running = [tasks.create_task(links.run()), tasks.create_task(loop_hold().run())]
         if ways.source is not None:
             discovery = follow(ways.source, settings, links, loop.time)
             running.append(tasks.create_task(discovery.run()))
