@@ -110,7 +110,7 @@ class Dispatch:
             self.door.check_objective(ask, prompt, self._policy)
         live.entry = self.door.enter(ask, prompt, now)
         self._live[ask.request_id] = live
-        self.journal.start(ask.request_id, ask.name, len(ask.prompt_token_ids), now)
+        self.journal.start(ask, now)
         self._pump(now, only_if_due=crowded)
 
     def is_on(self, worker_id: str) -> bool:

@@ -58,6 +58,8 @@ class Part:
     process: subprocess.Popen[bytes] | None = None
     channel: str = ""
     http: str = ""
+    admin: str = ""
+    """Where a router has its own routes; `http`, unless it has another address for them."""
 
     @property
     def pid(self) -> int:
@@ -104,6 +106,7 @@ class Part:
         self.wait_for(self.address_file.exists, check)
         addresses = json.loads(self.address_file.read_text())
         self.channel, self.http = addresses["channel"] or "", addresses["http"]
+        self.admin = addresses.get("admin", self.http)
 
     def await_ready(self, check: Callable[[], None]) -> float:
         """Until it says that it is ready; seconds waited."""
