@@ -33,7 +33,14 @@ from router.journal import Journal
 from router.keys import read_admin_key
 from router.leaving import Departure, LeavingServer
 from router.link import Curve, Links
-from router.metrics import CacheMetrics, DemandMetrics, HandoffMetrics, Metrics, QueueMetrics
+from router.metrics import (
+    CacheMetrics,
+    DemandMetrics,
+    HandoffMetrics,
+    Metrics,
+    QueueMetrics,
+    loop_hold,
+)
 from router.settings import RouterSettings
 from workers.addresses import write_addresses
 from workers.constraints import constraints
@@ -158,6 +165,7 @@ def _limits(settings: RouterSettings) -> Limits:
         tenant_tokens_per_s=settings.tenant_tokens_per_s or inf,
         tenant_burst_s=settings.tenant_burst_s,
         shares=settings.tenant_shares or {},
+        message_bytes=settings.message_bytes_max,
     )
 
 
@@ -180,6 +188,7 @@ async def _serve(
         max_model_len=config.model_config.max_model_len,
         vllm_version=VLLM_VERSION,
         constraints=constraints(config),
+        message_bytes_max=settings.message_bytes_max,
     )
 
     def send(worker_id: str, message: ToWorker) -> None:
@@ -208,7 +217,7 @@ async def _serve(
     loop.add_signal_handler(signal.SIGTERM, server.leave, settings.notice_s)
     loop.add_signal_handler(signal.SIGINT, server.leave, 0.0)  # A person has no balancer.
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(links.run())]
+        running = [tasks.create_task(links.run()), tasks.create_task(loop_hold().run())]
         if ways.source is not None:
             discovery = follow(ways.source, settings, links, loop.time)
             running.append(tasks.create_task(discovery.run()))

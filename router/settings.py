@@ -14,7 +14,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from controller.flags import Names, Ports, Roles, Url, split
 from router.ask import Reserve
 from router.core.placement import Disaggregate
-from workers.flags import FileToWrite, Port, Seconds, Text
+from workers.api import MESSAGE_BYTES_MAX
+from workers.flags import FileToWrite, MessageBytes, Port, Seconds, Text
 
 _ADDRESS: Final = re.compile(r"tcp://[A-Za-z0-9._-]+:([0-9]{1,5})")
 
@@ -125,6 +126,9 @@ class RouterSettings(BaseSettings):
     tenant_burst_s: Seconds = Field(10, description="seconds of that rate which may come at once")
     tenant_shares: Shares | None = Field(
         None, description="of the queue, name=share with commas between; others 1"
+    )
+    message_bytes_max: MessageBytes = Field(
+        MESSAGE_BYTES_MAX, description="largest message of the token channel; as the workers'"
     )
     tenant_priorities: Priorities | None = Field(
         None,

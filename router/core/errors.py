@@ -66,6 +66,18 @@ class RequestInvalid(RouterError):
         super().__init__(reason)
 
 
+class RequestTooLarge(RouterError):
+    """No worker takes a message as large as this request."""
+
+    status, code = 413, "request_too_large"
+
+    def __init__(self, *, bytes_: int, bytes_max: int) -> None:
+        super().__init__(
+            f"the request has {bytes_} bytes with its images and the like; workers take "
+            f"{bytes_max} (--message-bytes-max)"
+        )
+
+
 class TimedOut(RouterError):
     """The request made no progress for too long."""
 
