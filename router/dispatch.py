@@ -45,6 +45,8 @@ HANDLE_BYTES = 16
 """Random ones of a handle: whoever knows it can follow, renew and release the KV it stands for."""
 STUCK_S = 600.0
 """A request without any progress for this long is failed."""
+HELD_UP_S = 0.1
+"""A standstill of our own that is worth counting."""
 FORETOLD_S = 1.0
 """What is known of a waiting prompt's cached tokens is looked up again after so long."""
 
@@ -110,7 +112,7 @@ class Dispatch:
             self.door.check_objective(ask, prompt, self._policy)
         live.entry = self.door.enter(ask, prompt, now)
         self._live[ask.request_id] = live
-        self.journal.start(ask.request_id, ask.name, len(ask.prompt_token_ids), now)
+        self.journal.start(ask, now)
         self._pump(now, only_if_due=crowded)
 
     def is_on(self, worker_id: str) -> bool:
@@ -193,6 +195,15 @@ class Dispatch:
         if step.deltas:
             self._sink.deliver(step.deltas, step.prompt_extras)
         self._pump(now, only_if_due=True)
+
+    def held_up(self, seconds: float) -> None:
+        """Our own process stood still for so long: what workers said meanwhile is still unread."""
+        if seconds < HELD_UP_S:
+            return
+        now = self._clock()
+        self.fleet.excuse(seconds, now)
+        for live in self._live.values():
+            live.progress_at = min(now, live.progress_at + seconds)
 
     def tick(self) -> None:
         """Give up dead workers and stuck requests. Call it about once a second."""

@@ -60,6 +60,21 @@ def _shares(value: Any) -> Any:
 Shares = Annotated[Mapping[str, float], NoDecode, BeforeValidator(_shares)]
 
 
+def _priorities(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    found: dict[str, int] = {}
+    for part in split(value):
+        name, _, priority = part.rpartition("=")
+        if not name or name in found or not re.fullmatch(r"-?[0-9]{1,9}", priority):
+            raise ValueError("want name=priority, each name once, with commas between")
+        found[name] = int(priority)
+    return found
+
+
+Priorities = Annotated[Mapping[str, int], NoDecode, BeforeValidator(_priorities)]
+
+
 class Discover(StrEnum):
     """Where workers are learnt from while the router runs."""
 
@@ -115,6 +130,21 @@ class RouterSettings(BaseSettings):
     message_bytes_max: MessageBytes = Field(
         MESSAGE_BYTES_MAX, description="largest message of the token channel; as the workers'"
     )
+    tenant_priorities: Priorities | None = Field(
+        None,
+        description="the most urgent that each may ask for, name=priority with commas between, "
+        "* for all others; else 0",
+    )
+    trust_tenant_header: bool = Field(
+        False, description="whoever has a key may say by X-Tandem-Tenant whose a request is"
+    )
+    admin_port: Port | None = Field(
+        None, description="serves /metrics and /tandem/… there, and no longer beside the API"
+    )
+    admin_key_file: Path | None = Field(
+        None, description="the key for /metrics and /tandem/…, in one line"
+    )
+    api_docs: bool = Field(False, description="serves /docs, /redoc and /openapi.json")
     curve_secret_file: Path | None = Field(
         None, description="its own secret key: encrypts the token channel"
     )

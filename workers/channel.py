@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING, Final, Protocol
 
 import zmq
 
 from kvtransfer.sockets import bounded
-from workers.api import MALFORMED, MESSAGE_BYTES_MAX, Batch, decode_to_worker, encode
+from workers.api import (
+    MALFORMED,
+    MESSAGE_BYTES_MAX,
+    ROUTER_SILENCE_S,
+    Batch,
+    decode_to_worker,
+    encode,
+)
 from workers.gate import Gate
 from workers.logs import LimitedLog
+from workers.loop_hold import TURN_S
 from workers.parts import parts
 
 if TYPE_CHECKING:
@@ -20,9 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECEIVE_MAX: Final = 64
 QUEUE_MAX: Final = 10_000
-"""Messages to one router that may wait; one that takes no more is gone."""
+"""Messages to one router that may wait; one that takes no more is gone. At one a step of 3 ms it is
+as long as a silent router's requests are kept."""
 HEARD_QUEUE_MAX: Final = 1000
 """Messages of one router that may wait to be heard; the others wait at the router."""
 
@@ -42,9 +51,12 @@ class Channel:
         port: int,
         listener: Listener,
         keys: WorkerKeys | None = None,
+        *,
         message_bytes_max: int = MESSAGE_BYTES_MAX,
+        silence_s: float = ROUTER_SILENCE_S,
     ) -> None:
-        """Bind; with `keys`, only known routers get in.
+        """Bind; with `keys`, only known routers get in. `silence_s`: a connection over which
+        nothing comes, not even ZeroMQ's answers to its heartbeats, is closed.
 
         Raises zmq.ZMQError when the address is taken.
         """
@@ -61,7 +73,8 @@ class Channel:
         self._socket.setsockopt(zmq.RCVHWM, HEARD_QUEUE_MAX)
         bounded(self._socket, message_bytes_max)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
+        # A stopped router answers no heartbeats, and goes on when it is resumed.
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(silence_s * 1000))
         self.gate = Gate(self._context, keys) if keys else None
         try:
             if self.gate:
@@ -112,7 +125,8 @@ class Channel:
     def _receive(self) -> None:
         if self._socket.closed:
             return
-        for _ in range(RECEIVE_MAX):
+        until = time.monotonic() + TURN_S
+        while time.monotonic() < until:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from workers.api import MESSAGE_BYTES_MAX, Role
+from workers.api import MESSAGE_BYTES_MAX, ROUTER_SILENCE_S, Role
 from workers.flags import FileToWrite, MessageBytes, Port, Seconds, Text
 
 
@@ -34,6 +34,12 @@ class WorkerSettings(BaseSettings):
     load_s: Seconds = Field(1800.0, description="how long loading may take, in seconds")
     lease_s: Seconds = Field(30.0, description="how long KV is kept unread, in seconds")
     drain_s: Seconds = Field(30.0, description="how long a drain waits, in seconds")
+    router_silence_s: float = Field(
+        ROUTER_SILENCE_S,
+        ge=1,
+        le=3600,
+        description="how long a silent router's requests are kept, in seconds",
+    )
     kv_connector: Literal["tandem", "nixl", "none"] = Field(
         "tandem", description="how KV is handed off"
     )

@@ -42,6 +42,7 @@ WORKER: dict[str, tuple[str, Any]] = {
     "load_s": ("90", 90.0),
     "lease_s": ("0.25", 0.25),
     "drain_s": ("3600", 3600.0),
+    "router_silence_s": ("60", 60.0),
     "kv_connector": ("nixl", "nixl"),
     "kv_transports": ("tcp,ucx", "tcp,ucx"),
     "kv_checksums": ("full", "full"),
