@@ -20,11 +20,13 @@ import uvloop
 import zmq
 
 from controller.access import NoCluster
+from router.bounds import connection_limits, request_limits
 from router.core.compat import RouterFacts
 from router.core.limits import Limits
 from router.core.placement import EstimatePolicy
 from router.discover import follow, make_source
 from router.dispatch import Dispatch
+from router.heap import set_up_heap
 from router.journal import Journal
 from router.leaving import Departure, LeavingServer
 from router.link import Curve, Links
@@ -71,6 +73,7 @@ def main(argv: list[str]) -> int:
         print(f"tandem router: {error}", file=sys.stderr)
         return 1
     _allow_files()
+    set_up_heap()
     # A bad flag should be told of in a moment: what takes seconds comes after.
     # vLLM's GPU build refuses to start where there is no GPU, and the router needs none.
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
@@ -137,7 +140,7 @@ async def _serve(
     from router.front import VLLM_VERSION, build_front, front_config
 
     config = front_config(front)
-    engine = DisaggregatedEngine(config)
+    engine = DisaggregatedEngine(config, request_limits(settings))
     facts = RouterFacts(
         router_id=f"router-{socket.gethostname()}-{uuid.uuid4().hex[:8]}",
         model=settings.model,
@@ -168,7 +171,7 @@ async def _serve(
     # What is here now stays. Looked through again it would hold all streams up, for 280 ms.
     gc.collect()
     gc.freeze()
-    server = LeavingServer(app, departure, settings.drain_s)
+    server = LeavingServer(app, departure, settings.drain_s, connection_limits(settings))
     app.state.server = server
     if settings.address_file:
         http = f"http://{settings.host}:{listener.getsockname()[1]}"

@@ -25,7 +25,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from router.asker import AskerMiddleware, asker
 from router.core.conversation import name_for, roles_in, trouble
+from router.core.request_limits import OverLimit, check_request
 from router.engine import Broken, Refusal
+from router.http_limits import BodyLimits
 from router.plain import splice
 from workers.flags import config_apart, one_line
 
@@ -129,6 +131,8 @@ async def build_front(
     # it again.
     app.middleware_stack = None
     app.add_middleware(AskerMiddleware)
+    app.add_middleware(BodyLimits, limits=engine.limits)
+    app.state.limits = engine.limits
     app.dependency_overrides[validate_json_request] = _check_json
     _add_routes(app, links, dispatch, departure)
     return app
@@ -158,6 +162,10 @@ async def _check_json(request: Request) -> None:
     body = await request.json() if await request.body() else None
     if not isinstance(body, dict):
         return  # What pydantic says to that is clear.
+    try:
+        check_request(body, request.app.state.limits)
+    except OverLimit as over:
+        raise VLLMValidationError(str(over), parameter=over.field) from over
     if not isinstance(body.get("messages", []), list):
         raise VLLMValidationError("messages must be a list", parameter="messages")
     if not isinstance(body.get("structured_outputs"), dict | None):

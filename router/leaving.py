@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
+
+from router.connection import BoundedConnection, Bounds, ConnectionLimits
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -41,11 +44,20 @@ class Departure:
 class LeavingServer(uvicorn.Server):
     """Serves until it is told to leave."""
 
-    def __init__(self, app: ASGIApp, departure: Departure, drain_s: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        departure: Departure,
+        drain_s: float,
+        limits: ConnectionLimits | None = None,
+    ) -> None:
         """`drain_s`: what streams when it takes no more requests may take so long to end."""
+        connection = partial(BoundedConnection, bounds=Bounds(limits or ConnectionLimits()))
         super().__init__(
             uvicorn.Config(
                 departure.wrap(app),
+                http=cast(Any, connection),
+                ws="none",
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=ceil(drain_s),
