@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -330,6 +331,11 @@ class BoundedConnection(HttpToolsProtocol):
     def _abort(self) -> None:
         if self.transport is not None:
             self.transport.abort()
+
+
+def bounded(limits: ConnectionLimits) -> Any:
+    """A server's connections, for uvicorn's `http`."""
+    return partial(BoundedConnection, bounds=Bounds(limits))
 
 
 def _answer(refusal: _Refusal) -> bytes:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import uvicorn
 
-from router.connection import BoundedConnection, Bounds, ConnectionLimits
+from router.connection import ConnectionLimits, bounded
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -52,11 +51,10 @@ class LeavingServer(uvicorn.Server):
         limits: ConnectionLimits | None = None,
     ) -> None:
         """`drain_s`: what streams when it takes no more requests may take so long to end."""
-        connection = partial(BoundedConnection, bounds=Bounds(limits or ConnectionLimits()))
         super().__init__(
             uvicorn.Config(
                 departure.wrap(app),
-                http=cast(Any, connection),
+                http=bounded(limits or ConnectionLimits()),
                 ws="none",
                 log_level="warning",
                 access_log=False,
