@@ -7,6 +7,7 @@ runs behind HTTP and in the simulator.
 from __future__ import annotations
 
 import logging
+import secrets
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -39,8 +40,12 @@ log = logging.getLogger(__name__)
 REQUESTS_MAX = 20_000
 """Live requests a router holds; beyond, it answers 503."""
 PREFILL_SUFFIX = "/p"
+HANDLE_BYTES = 16
+"""Random ones of a handle: whoever knows it can follow, renew and release the KV it stands for."""
 STUCK_S = 600.0
 """A request without any progress for this long is failed."""
+HELD_UP_S = 0.1
+"""A standstill of our own that is worth counting."""
 FORETOLD_S = 1.0
 """What is known of a waiting prompt's cached tokens is looked up again after so long."""
 
@@ -58,7 +63,10 @@ class Dispatch:
         *,
         policy: Policy | None = None,
         limits: Limits | None = None,
+        make_handle: Callable[[], str] | None = None,
     ) -> None:
+        """`make_handle`: names for handoffs, which only the two workers of each may learn; random
+        ones by default."""
         self.fleet = Fleet()
         self.caches = Caches()
         self.accounts = Accounts(self.fleet)
@@ -70,6 +78,7 @@ class Dispatch:
         self._send = send
         self._sink = sink
         self._clock = clock
+        self._make_handle = make_handle or _secret
         self._live: dict[str, Live] = {}
         self._by_wire: dict[str, Live] = {}
 
@@ -101,7 +110,7 @@ class Dispatch:
             self.door.check_objective(ask, prompt, self._policy)
         live.entry = self.door.enter(ask, prompt, now)
         self._live[ask.request_id] = live
-        self.journal.start(ask.request_id, ask.name, len(ask.prompt_token_ids), now)
+        self.journal.start(ask, now)
         self._pump(now, only_if_due=crowded)
 
     def is_on(self, worker_id: str) -> bool:
@@ -168,6 +177,15 @@ class Dispatch:
         if step.deltas:
             self._sink.deliver(step.deltas, step.prompt_extras)
         self._pump(now, only_if_due=True)
+
+    def held_up(self, seconds: float) -> None:
+        """Our own process stood still for so long: what workers said meanwhile is still unread."""
+        if seconds < HELD_UP_S:
+            return
+        now = self._clock()
+        self.fleet.excuse(seconds, now)
+        for live in self._live.values():
+            live.progress_at = min(now, live.progress_at + seconds)
 
     def tick(self) -> None:
         """Give up dead workers and stuck requests. Call it about once a second."""
@@ -366,7 +384,7 @@ class Dispatch:
         prefill = self.fleet.get(placement.prefill) if placement.prefill else None
         if prefill is None:
             return life.Placed(None, placement.decode)
-        ticket = make_ticket(prefill.hello, live.wire_id + PREFILL_SUFFIX)
+        ticket = make_ticket(prefill.hello, self._make_handle())
         at_once = self._reserve is Reserve.AT_DISPATCH and not ask.only_one
         reserve = at_once and ticket is not None
         return life.Placed(prefill.id, placement.decode, ticket, reserve)
@@ -393,3 +411,7 @@ class Dispatch:
             if outcome is life.Outcome.FINISHED:
                 self.accounts.finished(live.output_tokens)
             self.door.judge(live.ask, self.journal.end(live.ask.request_id, outcome, now))
+
+
+def _secret() -> str:
+    return secrets.token_hex(HANDLE_BYTES)

@@ -9,7 +9,7 @@ from copy import copy
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
-from vllm.exceptions import GracefulHTTPError, RetryableRequestError, VLLMValidationError
+from vllm.exceptions import RetryableRequestError, VLLMValidationError
 from vllm.renderers.inputs.preprocess import extract_prompt_components
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -19,26 +19,29 @@ from vllm.v1.metrics.stats import PrefillStats
 
 from router.ask import Ask
 from router.asker import asker
+from router.core.access import salt_for
 from router.core.errors import RequestInvalid, RouterError
 from router.no_engine import NoEngine
+from router.outcome import Outcome, outcome
 from router.plain import PlainStreams
 from workers.api import Delta, Finish
 from workers.vllm_codec import decode_extras, encode_contents, encode_request, items_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable
+    from collections.abc import AsyncGenerator, Iterable, Mapping
 
     from vllm.config import VllmConfig
     from vllm.inputs import EngineInput, PromptType
     from vllm.outputs import RequestOutput
 
     from router.dispatch import Dispatch
-    from router.plain import Piece
 
 log = logging.getLogger(__name__)
 
 _TEMPERATURE_MIN = 1e-5
 """vLLM takes anything below for greedy."""
+
+SIMULATED = "sim"
 
 _FINISH = {
     Finish.STOP: FinishReason.STOP,
@@ -47,21 +50,17 @@ _FINISH = {
 }
 
 
-class Refusal(GracefulHTTPError):  # type: ignore[misc]
-    """A `RouterError` before the response has begun: its own status, and `Retry-After`."""
-
-    def __init__(self, error: RouterError) -> None:
-        super().__init__(str(error), HTTPStatus(error.status))
-        self.error = error
-
-
 class Broken(RetryableRequestError):  # type: ignore[misc]
-    """A `RouterError` under way: an error event in a stream, else its own status."""
+    """A `RouterError`, as vLLM's layers take it; `router.outcome` says it to the client."""
 
     def __init__(self, error: RouterError) -> None:
         super().__init__(str(error))
         self.status_code = HTTPStatus(error.status)
         self.error = error
+
+
+class Refusal(Broken):
+    """Nothing has been started."""
 
 
 class DisaggregatedEngine(NoEngine):
@@ -76,6 +75,8 @@ class DisaggregatedEngine(NoEngine):
         self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self.plain_streams = PlainStreams(self.renderer.tokenizer)
         self._dispatch: Dispatch | None = None
+        self.priorities: Mapping[str, int] = {}
+        """The most urgent that each tenant may ask for; `*` for all others, else 0."""
 
     def attach(self, dispatch: Dispatch) -> None:
         """Give the engine its way out. The two need each other, so this comes second."""
@@ -89,11 +90,13 @@ class DisaggregatedEngine(NoEngine):
     # ------------------------------------------------------------ requests
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """Raise `Refusal` before a response is begun; a stream could no longer say 503."""
+        """Raise `Refusal` before anything is rendered."""
         try:
             self.dispatch.check(asker.get().tenant)
         except RouterError as error:
-            raise Refusal(error) from error
+            refusal = Refusal(error)
+            (outcome.get() or Outcome()).error = refusal
+            raise refusal from error
 
     async def generate(
         self,
@@ -107,13 +110,21 @@ class DisaggregatedEngine(NoEngine):
         Raises VLLMValidationError (4xx), `Refusal` or `Broken`. Closing the generator aborts.
         Whoever wanted a plain stream of this name gets `Piece`s.
         """
-        if self.plain_streams.wanted(request_id):
-            async with aclosing(
-                self._generate_plain(prompt, sampling_params, request_id, options)
-            ) as pieces:
-                async for piece in pieces:
-                    yield piece
-            return
+        plain = self.plain_streams.wanted(request_id)
+        make = self._generate_plain if plain else self._generate_outputs
+        result = outcome.get() or Outcome()
+        try:
+            async with aclosing(make(prompt, sampling_params, request_id, options)) as found:
+                async for each in found:
+                    result.begun = True
+                    yield each
+        except Exception as error:
+            result.error = error
+            raise
+
+    async def _generate_outputs(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, options: dict[str, Any]
+    ) -> AsyncGenerator[Any, None]:
         requests, queue = await self._add(prompt, sampling_params, request_id, options)
         ended = False
         try:
@@ -131,7 +142,8 @@ class DisaggregatedEngine(NoEngine):
 
     async def _generate_plain(
         self, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any]
-    ) -> AsyncGenerator[Piece, None]:
+    ) -> AsyncGenerator[Any, None]:
+        """`Piece`s."""
         request = await self._process(prompt, params, request_id, options)
         internal_id, ended = request.request_id, False
         stream = self.plain_streams.open(request)
@@ -185,6 +197,9 @@ class DisaggregatedEngine(NoEngine):
         options: dict[str, Any],
     ) -> EngineCoreRequest:
         _refuse_what_is_ours(params)
+        who = asker.get()
+        self._check_priority(who.tenant, options.get("priority") or 0)
+        self._check_logprobs(params)
         process = self.input_processor.process_inputs
         kept = ("lora_request", "tokenization_kwargs", "priority", "session_id", "kv_hints")
         given = {key: options[key] for key in kept if options.get(key) is not None}
@@ -207,8 +222,31 @@ class DisaggregatedEngine(NoEngine):
             raise VLLMValidationError(
                 "items can't be served by name alone; send their content", parameter="features"
             )
+        if who.salted:  # Before anything is made of it: worker and prefix index have the same.
+            request.cache_salt = salt_for(who.tenant, request.cache_salt)
         self.input_processor.assign_request_id(request)
         return cast(EngineCoreRequest, request)
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        """Beam search asks for them too. Where nobody makes any, vLLM's layers fail of that."""
+        wanted = "logprobs" if params.logprobs is not None else "prompt_logprobs"
+        if params.logprobs is None and params.prompt_logprobs is None:
+            return
+        fleet = self.dispatch.fleet
+        if len(fleet) and all(worker.hello.engine == SIMULATED for worker in fleet):
+            raise VLLMValidationError(
+                f"{wanted}: the simulated engine makes none, and so there is no beam search either",
+                parameter=wanted,
+            )
+
+    def _check_priority(self, tenant: str, priority: int) -> None:
+        urgent = self.priorities.get(tenant, self.priorities.get("*", 0))
+        if priority < urgent:
+            raise VLLMValidationError(
+                f"priority {priority} is more urgent than this tenant may ask for, {urgent} "
+                "(--tenant-priorities)",
+                parameter="priority",
+            )
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         ids = [request_id] if isinstance(request_id, str) else list(request_id)

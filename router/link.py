@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -11,9 +12,12 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from router.core.compat import RouterFacts, refusal
+from router.core.parts import parts
+from router.turns import Turns
 from workers.api import (
     MALFORMED,
     PROTOCOL,
+    ROUTER_SILENCE_S,
     Batch,
     Heartbeat,
     KvSnapshot,
@@ -28,15 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from router.dispatch import Dispatch
-    from workers.api import ToWorker
+    from workers.api import ToRouter, ToWorker
 
 log = logging.getLogger(__name__)
 
 BEAT_S: Final = 1.0
-HELD_UP_S: Final = 1.0
-"""A beat so much late: our process stood still, and what others said meanwhile is still unread."""
-RECEIVE_MAX: Final = 64
-"""Messages taken from one socket before the loop may do something else."""
 LINKS_MAX: Final = 4000
 SOCKETS_A_LINK: Final = 3
 """Its own, and the two ends of its monitor."""
@@ -76,6 +76,9 @@ class Link:
         """The socket will never try again by itself."""
         self._links = links
         self._loop = asyncio.get_running_loop()
+        self._connections = 0
+        self._parts: deque[Batch] = deque()
+        """What is left of a large message."""
         self._open()
 
     def _open(self) -> None:
@@ -83,8 +86,12 @@ class Link:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MAX)
         socket.setsockopt(zmq.RCVHWM, SEND_QUEUE_MAX)
+        # A worker that says more is cut off, before any of it is taken.
+        socket.setsockopt(zmq.MAXMSGSIZE, self._links.facts.message_bytes_max)
         socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
+        # That a worker is silent the fleet notices far sooner. A short time here would count our
+        # own standstill against it: libzmq's timers go off before it reads what has come.
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(ROUTER_SILENCE_S * 1000))
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         if curve := self._links.curve:
@@ -95,14 +102,17 @@ class Link:
             socket.setsockopt(zmq.IPV6, 1)
         self._socket = socket
         self._deaf = False
+        self._connections += 1
+        self._parts.clear()
         self._monitor = socket.get_monitor_socket(_EVENTS)
         socket.connect(self.address)
-        self._loop.add_reader(_descriptor(socket), self._receive)
+        self._loop.add_reader(_descriptor(socket), self._links.turns.wake, self)
         self._loop.add_reader(_descriptor(self._monitor), self._notice)
         self._notice()  # Until a monitor is found empty once, its descriptor tells nothing.
         self._hello()
 
     def close(self) -> None:
+        self._links.turns.forget(self)
         self._loop.remove_reader(_descriptor(self._socket))
         self._loop.remove_reader(_descriptor(self._monitor))
         self._socket.disable_monitor()
@@ -141,25 +151,31 @@ class Link:
                 self.lost(f"takes no more than {SEND_QUEUE_MAX} messages")
         # The descriptor tells of edges only, and sending may have consumed one.
         if _readable(self._socket):
-            self._loop.call_soon(self._receive)
+            self._links.turns.wake(self)
 
     def _hello(self) -> None:
         facts = self._links.facts
         self.send(
-            RouterHello(PROTOCOL, facts.router_id, facts.model_digest, facts.tokenizer_digest)
+            RouterHello(
+                PROTOCOL,
+                facts.router_id,
+                facts.model_digest,
+                facts.tokenizer_digest,
+                self._connections,
+            )
         )
 
-    def _receive(self) -> None:
-        socket = self._socket
-        for _ in range(RECEIVE_MAX):
-            try:
-                frame = socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._take(frame)
-            if socket is not self._socket:
-                return  # The worker was given up while we listened to it.
-        self._loop.call_soon(self._receive)
+    def take_next(self) -> bool:
+        """Handle one message, or a part of a large one; False when there is none."""
+        if self._parts:
+            self._handle(self._parts.popleft())
+            return True
+        try:
+            frame = self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        self._take(frame)
+        return True
 
     def _take(self, frame: bytes) -> None:
         try:
@@ -167,6 +183,12 @@ class Link:
         except MALFORMED as error:
             self._links.malformed(self.address, str(error))
             return
+        if isinstance(message, Batch):
+            message, *rest = parts(message)
+            self._parts.extend(rest)
+        self._handle(message)
+
+    def _handle(self, message: ToRouter) -> None:
         match message:
             case Batch() if self.worker_id is not None:
                 self._links.dispatch.on_batch(self.worker_id, message)
@@ -252,6 +274,7 @@ class Links:
         self.facts = facts
         self.dispatch = dispatch
         self.malformed_total = 0
+        self.turns = Turns()
         self._by_worker: dict[str, Link] = {}
         self._links: dict[str, Link] = {}
         for address in addresses:
@@ -323,8 +346,8 @@ class Links:
             while True:
                 for link in self:
                     link.beat()
-                if clock() - due < HELD_UP_S:  # Else their silence may have been ours.
-                    self.dispatch.tick()
+                self.dispatch.held_up(clock() - due)
+                self.dispatch.tick()
                 for link in self:
                     if link.worker_id and self.dispatch.fleet.get(link.worker_id) is None:
                         link.lost("given up")

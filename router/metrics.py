@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from workers.loop_hold import HOLD_BUCKETS_S, LoopHold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,6 +58,17 @@ class Metrics:
             self._waited.observe(record.waited_s)
         if record.ttft_s is not None:
             self._ttft.observe(record.ttft_s)
+
+
+def loop_hold() -> LoopHold:
+    """What measures this process's event loop, told of to the registry. One a process."""
+    held = Histogram(
+        "tandem_router_loop_hold_seconds", "How late the event loop is", buckets=HOLD_BUCKETS_S
+    )
+    hold = LoopHold(held.observe)
+    longest = Gauge("tandem_router_loop_hold_longest_seconds", "Longest of the last minutes")
+    longest.set_function(lambda: hold.longest_s)
+    return hold
 
 
 class CacheMetrics:

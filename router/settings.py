@@ -14,7 +14,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from controller.flags import Names, Ports, Roles, Url, split
 from router.ask import Reserve
 from router.core.placement import Disaggregate
-from workers.flags import FileToWrite, Port, Seconds, Text
+from workers.api import MESSAGE_BYTES_MAX
+from workers.flags import FileToWrite, MessageBytes, Port, Seconds, Text
 
 _ADDRESS: Final = re.compile(r"tcp://[A-Za-z0-9._-]+:([0-9]{1,5})")
 
@@ -57,6 +58,21 @@ def _shares(value: Any) -> Any:
 
 
 Shares = Annotated[Mapping[str, float], NoDecode, BeforeValidator(_shares)]
+
+
+def _priorities(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    found: dict[str, int] = {}
+    for part in split(value):
+        name, _, priority = part.rpartition("=")
+        if not name or name in found or not re.fullmatch(r"-?[0-9]{1,9}", priority):
+            raise ValueError("want name=priority, each name once, with commas between")
+        found[name] = int(priority)
+    return found
+
+
+Priorities = Annotated[Mapping[str, int], NoDecode, BeforeValidator(_priorities)]
 
 
 class Discover(StrEnum):
@@ -111,6 +127,24 @@ class RouterSettings(BaseSettings):
     tenant_shares: Shares | None = Field(
         None, description="of the queue, name=share with commas between; others 1"
     )
+    message_bytes_max: MessageBytes = Field(
+        MESSAGE_BYTES_MAX, description="largest message of the token channel; as the workers'"
+    )
+    tenant_priorities: Priorities | None = Field(
+        None,
+        description="the most urgent that each may ask for, name=priority with commas between, "
+        "* for all others; else 0",
+    )
+    trust_tenant_header: bool = Field(
+        False, description="whoever has a key may say by X-Tandem-Tenant whose a request is"
+    )
+    admin_port: Port | None = Field(
+        None, description="serves /metrics and /tandem/… there, and no longer beside the API"
+    )
+    admin_key_file: Path | None = Field(
+        None, description="the key for /metrics and /tandem/…, in one line"
+    )
+    api_docs: bool = Field(False, description="serves /docs, /redoc and /openapi.json")
     curve_secret_file: Path | None = Field(
         None, description="its own secret key: encrypts the token channel"
     )

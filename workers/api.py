@@ -16,8 +16,11 @@ Every message is one frame of msgpack, a tagged array (see `encode` and `Decoder
    to this router, numbered. The router asks (`KvAsk`) for all of it when it says hello and when a
    number is missing; `KvSnapshot`s answer, in parts.
 
-A router silent for `SILENCE_S` is gone: the worker aborts its requests. A worker silent for
-`SILENCE_S`, or one whose `Load.steps` stands still while `Load.busy`, is dead to the router.
+A router is gone for a worker, which then aborts its requests, when its connection is, when it
+greets anew over another one, or when it was silent for `ROUTER_SILENCE_S`. A router that is held up
+is not gone: ZeroMQ's own thread answers heartbeats for it, and what it is sent waits. A worker that
+is silent for `SILENCE_S`, or whose `Load.steps` stands still while `Load.busy`, is dead to the
+router; time in which the router itself did not listen does not count.
 
 Whatever belongs to one engine's own vocabulary (sampling parameters, logprobs, multimodal
 features) travels as opaque bytes: `Generate.params` and `Delta.extras`.
@@ -37,10 +40,17 @@ import msgspec
 from kvtransfer import protocol as kv
 from kvtransfer.core import items
 
-PROTOCOL = 4
+PROTOCOL = 5
 MALFORMED = kv.MALFORMED
 LOAD_INTERVAL_S = 0.5
 SILENCE_S = 5.0
+MESSAGE_BYTES_MAX = 32 << 20
+"""Default of the largest message on the token channel, either way: a million tokens of prompt, and
+27 MB of images. A setting of both sides (`--message-bytes-max`)."""
+"""Of a worker, and of a router that greets one which still loads."""
+ROUTER_SILENCE_S = 30.0
+"""A worker keeps a silent router's requests for so long while nothing tells that it is gone. It
+bounds how long blocks are held for a router whose machine vanished."""
 
 Item = items.Item
 marks = items.marks
@@ -107,6 +117,8 @@ class RouterHello(_Message, frozen=True):
     model_digest: str | None
     """The model that this router serves; None when the router has no weights to compare."""
     tokenizer_digest: str | None
+    connection: int = 0
+    """Counts the router's connections to this worker: with a higher one, its former are gone."""
 
 
 class Generate(_Message, frozen=True):
@@ -204,6 +216,10 @@ class WorkerHello(_Message, frozen=True):
     """Which of `dp_size` data-parallel ranks it is. They step together and share experts; each is
     a worker of its own, with its own requests and KV."""
     dp_size: int = 1
+    message_bytes_max: int = MESSAGE_BYTES_MAX
+    """The largest message that it takes or sends. A router that says more would lose it."""
+    max_num_seqs: int = 0
+    """Sequences that it runs at once; 0 when it does not say."""
 
 
 class Refused(_Message, frozen=True):

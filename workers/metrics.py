@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from workers.api import Finish
+from workers.loop_hold import HOLD_BUCKETS_S, LoopHold
 
 if TYPE_CHECKING:
     from workers.api import Delta, Load, Phase
@@ -63,6 +64,16 @@ class Metrics:
             "running": Gauge("vllm:num_requests_running", "Running", registry=registry),
             "waiting": Gauge("vllm:num_requests_waiting", "Waiting", registry=registry),
         }
+        held = Histogram(
+            "tandem_worker_loop_hold_seconds", "How late the event loop is",
+            buckets=HOLD_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        self.loop_hold = LoopHold(held.observe)
+        longest = Gauge(
+            "tandem_worker_loop_hold_longest_seconds", "Longest of the last minutes",
+            registry=registry,
+        )  # fmt: skip
+        longest.set_function(lambda: self.loop_hold.longest_s)
         self._usage = Gauge("vllm:kv_cache_usage_perc", "KV cache usage, 0-1", registry=registry)
 
     def accepted(self, phase: Phase) -> None:

@@ -13,7 +13,9 @@ import msgspec
 from workers.api import (
     ACCEPTS,
     LOAD_INTERVAL_S,
+    MESSAGE_BYTES_MAX,
     PROTOCOL,
+    ROUTER_SILENCE_S,
     SILENCE_S,
     Abort,
     Batch,
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HELD_UP_S: Final = 1.0
-"""So much late, our own process stood still, and what routers said meanwhile is still unread."""
 STALL_S: Final = 60.0
 """Busy without a step for this long is dead."""
 
@@ -61,12 +61,14 @@ class Identity:
     model_digest: str
     tokenizer_digest: str
     lease_s: float
+    message_bytes_max: int = MESSAGE_BYTES_MAX
 
 
 @dataclass(slots=True)
 class _Router:
     name: str
     heard_at: float
+    connection: int = 0
     told_at: float = 0.0
     heard: int = 0
     """`Generate`s."""
@@ -85,8 +87,11 @@ class Worker:
         identity: Identity,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        router_silence_s: float = ROUTER_SILENCE_S,
     ) -> None:
         """`clock`: seconds that only grow, at the pace of the event loop's own."""
+        self._router_silence_s = router_silence_s
         self._engine = engine
         self._identity = identity
         self._metrics = metrics
@@ -128,7 +133,7 @@ class Worker:
         stalled = self._clock() - self._stepped_at
         if self._owners and stalled > STALL_S:
             return f"busy but not stepping for {stalled:.0f} s"
-        return None
+        return self._engine.dead
 
     @property
     def load(self) -> Load:
@@ -184,6 +189,7 @@ class Worker:
             lease_s=me.lease_s, handoff_endpoint=facts.handoff_endpoint,
             tells_cache=facts.tells_cache, step_tokens=facts.step_tokens,
             constraints=facts.constraints, dp_rank=facts.dp_rank, dp_size=facts.dp_size,
+            message_bytes_max=me.message_bytes_max,
         )  # fmt: skip
 
     # ------------------------------------------------------------ from routers
@@ -233,7 +239,11 @@ class Worker:
                 self._send(router, Refused(reason))
                 return
         now = self._clock()
-        self._routers.setdefault(router, _Router(hello.router_id, now)).heard_at = now
+        for old in [key for key, known in self._routers.items() if _replaced(known, hello)]:
+            self._forget(old, "it has greeted anew, over another connection")
+        self._routers.setdefault(
+            router, _Router(hello.router_id, now, hello.connection)
+        ).heard_at = now
         self._send(router, self._hello)
         self._send(router, Batch(self.load))
 
@@ -327,7 +337,7 @@ class Worker:
         if known := self._routers.get(router):
             known.told_at = self._clock()
             if not sent:
-                self._forget(router, "takes no more messages")
+                self._forget(router, "its connection is closed, or takes no more messages")
 
     def _forget(self, router: bytes, reason: str) -> None:
         known = self._routers.pop(router)
@@ -339,11 +349,18 @@ class Worker:
             due = self._clock() + LOAD_INTERVAL_S / 2
             await asyncio.sleep(LOAD_INTERVAL_S / 2)
             now = self._clock()
-            held_up = now - due > HELD_UP_S
+            held_up_s = now - due
             if not self._owners:
                 self._stepped_at = now
             for router, known in list(self._routers.items()):
-                if now - known.heard_at > SILENCE_S and not held_up:
+                # While our own process stood still we listened to nobody.
+                known.heard_at = min(now, known.heard_at + held_up_s)
+                if now - known.heard_at > self._router_silence_s:
                     self._forget(router, f"silent for {now - known.heard_at:.1f} s")
                 elif now - known.told_at >= LOAD_INTERVAL_S:
                     self._send(router, self._batch(router, self.load, []))
+
+
+def _replaced(known: _Router, hello: RouterHello) -> bool:
+    """The same router has another connection now: what it asked over this one is given up."""
+    return known.name == hello.router_id and known.connection < hello.connection

@@ -8,8 +8,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from workers.api import Role
-from workers.flags import FileToWrite, Port, Seconds, Text
+from workers.api import MESSAGE_BYTES_MAX, ROUTER_SILENCE_S, Role
+from workers.flags import FileToWrite, MessageBytes, Port, Seconds, Text
 
 
 class WorkerSettings(BaseSettings):
@@ -34,6 +34,12 @@ class WorkerSettings(BaseSettings):
     load_s: Seconds = Field(1800.0, description="how long loading may take, in seconds")
     lease_s: Seconds = Field(30.0, description="how long KV is kept unread, in seconds")
     drain_s: Seconds = Field(30.0, description="how long a drain waits, in seconds")
+    router_silence_s: float = Field(
+        ROUTER_SILENCE_S,
+        ge=1,
+        le=3600,
+        description="how long a silent router's requests are kept, in seconds",
+    )
     kv_connector: Literal["tandem", "nixl", "none"] = Field(
         "tandem", description="how KV is handed off"
     )
@@ -47,8 +53,11 @@ class WorkerSettings(BaseSettings):
     )
     kv_answer_s: Seconds = Field(5.0, description="how long a sender's answer may take, in seconds")
     kv_read_s: Seconds = Field(30.0, description="how long one read of KV may take, in seconds")
+    message_bytes_max: MessageBytes = Field(
+        MESSAGE_BYTES_MAX, description="largest message of the token channel; as the routers'"
+    )
     curve_secret_file: Path | None = Field(
-        None, description="the workers' secret key: encrypts the token channel"
+        None, description="the workers' secret key: token channel and handoff ask for it"
     )
     curve_routers_file: Path | None = Field(
         None, description="public keys of the routers that may connect, one a line"

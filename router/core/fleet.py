@@ -253,6 +253,12 @@ class Fleet:
         for view in self:
             view.resort(not generating)
 
+    def excuse(self, seconds: float, now: float) -> None:
+        """For so long nobody listened: that is no silence of theirs, and no stalling."""
+        for view in self:
+            view.heard_at = min(now, view.heard_at + seconds)
+            view.stepped_at = min(now, view.stepped_at + seconds)
+
     def dead(self, now: float) -> list[tuple[str, str]]:
         """Workers to give up, each with the reason: silent, or busy without stepping."""
         found = []

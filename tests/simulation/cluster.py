@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from tests.simulation.events import Events
 from tests.simulation.hosts import RouterHost, SimLink, WorkerHost
-from tests.simulation.network import Network, Way
+from tests.simulation.network import HEARTBEAT_S, Network, Way
 from tests.simulation.plan import Kind
 from tests.simulation.violation import Violation
-from workers.api import SILENCE_S
+from workers.api import ROUTER_SILENCE_S, SILENCE_S
 from workers.engines.sim_blocks import Handoffs
 
 if TYPE_CHECKING:
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 
 AUDIT_S = 0.5
 MENDS_S = 8.0
-"""After a fault is over it may show for so long: heartbeats end within 6 s, silence after 5 s, a
-redial and a hello take up to 2 s."""
+"""After a fault is over it may show for so long: silence is noticed after 5 s, a redial and a hello
+take up to 2 s."""
 ABORT_S = 1.0
 """What a client's going takes to reach a worker."""
 FAULT_TO_ROUTER = (Kind.ROUTER_STOP, Kind.ROUTER_FREEZE, Kind.ROUTER_DIES)
 NOTICED_S = SILENCE_S + 1.5
 """Silence is looked for once a second."""
+FORGOTTEN_S = ROUTER_SILENCE_S + 1.5
+"""Within this, a worker has noticed that a router's machine is gone."""
 
 
 class Trouble:
@@ -57,6 +59,9 @@ class Cluster:
         self.events = Events(self.loop.time)
         self.network = Network(rng, self.events, plan.latency_s)
         self.trouble = Trouble()
+        self.losses = Trouble()
+        """Faults that may cost a request its tries or its stream. That a router is stopped or held
+        up is none: whatever it is sent meanwhile waits."""
         self.broken: list[BaseException] = []
         self.counts: Counter[str] = Counter()
         self.handoffs = Handoffs(only_here=True)
@@ -119,7 +124,7 @@ class Cluster:
             self._audit_owed(host, owed, now)
         awake = not host.life.process.stopped and not host.life.engine_process.stopped
         in_trouble = self.trouble.touched({host.name}, now, now)
-        silent = awake and load.busy and host.life.watch.all_silent(NOTICED_S)
+        silent = awake and load.busy and host.life.watch.all_silent(FORGOTTEN_S)
         if silent and not in_trouble:
             raise Violation(f"{host.name} works for routers that are long silent")
         if worker.live and not in_trouble:
@@ -170,14 +175,18 @@ class Cluster:
         self.counts[fault.kind] += 1
         ends = float("inf") if fault.stays_away else now + fault.for_s + fault.limit_s
         if fault.kind in FAULT_TO_ROUTER:
-            self.trouble.add(fault.who, now, ends)
             router = self.routers[fault.who]
+            if fault.kind is Kind.ROUTER_DIES:
+                ends = max(ends, now + FORGOTTEN_S)
+                self.losses.add(fault.who, now, ends)
+            self.trouble.add(fault.who, now, ends)
             if fault.kind is Kind.ROUTER_DIES:
                 router.kill()
             else:
                 router.stop(fault.for_s, heartbeats=fault.kind is Kind.ROUTER_FREEZE)
             return
         self.trouble.add(fault.who, now, ends)
+        self.losses.add(fault.who, now, ends)
         host = self.workers[fault.who]
         back_s = None if fault.stays_away else fault.for_s
         match fault.kind:
@@ -194,7 +203,7 @@ class Cluster:
             case _ if host.life is not None:
                 for connection in list(host.life.channel.connections.values()):
                     if fault.kind is Kind.CUT:
-                        connection.cut(network.uniform(0, 0.1), network.uniform(0, 6))
+                        connection.cut(network.uniform(0, 0.1), network.uniform(0, HEARTBEAT_S))
                     else:
                         stalled = fault.kind is Kind.STALL_TO_ROUTER
                         connection.stall(Way.TO_ROUTER if stalled else Way.TO_WORKER, fault.for_s)

@@ -75,6 +75,10 @@ class FrailEngine:
     def load(self) -> Load:
         return self._engine.load()
 
+    @property
+    def dead(self) -> str | None:
+        return None
+
     def cache_changes(self) -> list[CacheChange]:
         return self._engine.cache_changes()
 
@@ -215,6 +219,8 @@ class SimLink(Link, WireOwner):
     """`Link` with a wire for its socket; what it decides is the production code's."""
 
     def _open(self) -> None:
+        self._connections += 1
+        self._parts.clear()
         self.heard_at = 0.0
         links = self._links
         assert isinstance(links, SimLinks)
@@ -231,6 +237,8 @@ class SimLink(Link, WireOwner):
     def on_frame(self, frame: bytes) -> None:
         self.heard_at = self._loop.time()
         self._take(frame)
+        while self._parts:  # There is no loop to hold up: time is virtual.
+            self._handle(self._parts.popleft())
         if REFUSED in frame[:12] and self.worker_id is not None:
             raise Violation(f"{self.address} refuses, and its router goes on as before")
 

@@ -199,7 +199,7 @@ def an_end_has_its_reason(cluster: Cluster, router: RouterHost, request: Request
 
 def _excused(cluster: Cluster, request: Request, code: str, where: set[str]) -> None:
     router = {request.call.router}
-    touched = cluster.trouble.touched
+    touched = cluster.losses.touched
     match code:
         case "invalid_request":
             excused = not request.expected
@@ -218,10 +218,10 @@ def _excused(cluster: Cluster, request: Request, code: str, where: set[str]) -> 
 def _nobody_else_could(cluster: Cluster, request: Request) -> None:
     """With one worker in trouble, the second try goes where there is none."""
     since, until = request.asked_at, request.ended_at
-    if cluster.trouble.touched({request.call.router}, since, until):
+    if cluster.losses.touched({request.call.router}, since, until):
         return
     workers = cluster.plan.workers
-    well = [w for w in workers if not cluster.trouble.touched({w.worker_id}, since, until)]
+    well = [w for w in workers if not cluster.losses.touched({w.worker_id}, since, until)]
     able = any(w.role is not Role.PREFILL for w in well)
     if len(well) == len(workers) - 1 and able:
         raise Violation(f"{request.id} failed three times, and {well} are well: {request.error}")

@@ -13,7 +13,7 @@ from collections import deque
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from workers.api import MALFORMED, decode_to_worker, encode
+from workers.api import MALFORMED, ROUTER_SILENCE_S, decode_to_worker, encode
 from workers.channel import QUEUE_MAX
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from workers.api import ToRouter
     from workers.channel import Listener
 
-HEARTBEAT_S: Final = 6.0
-"""An end that hears nothing for so long closes (ZeroMQ's heartbeat: 1 s interval, 5 s timeout)."""
+HEARTBEAT_S: Final = ROUTER_SILENCE_S + 1.0
+"""An end that hears nothing for so long closes: ZeroMQ's heartbeat, at an interval of 1 s."""
 REDIAL_S: Final = 0.5
 
 

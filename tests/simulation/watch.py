@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tests.simulation.violation import Violation
-from workers.api import SILENCE_S, Abort, Batch, Finish, Generate, Refused
+from workers.api import ROUTER_SILENCE_S, Abort, Batch, Finish, Generate, Refused, RouterHello
 
 if TYPE_CHECKING:
     from tests.simulation.network import SimChannel
@@ -40,6 +40,7 @@ class Watch:
         self._worker = worker
         self._channel: SimChannel
         self._heard_at: dict[bytes, float] = {}
+        self._hellos: dict[bytes, RouterHello] = {}
         self._refused: list[str] = []
         self._silent_s = 0.0
         """Of the router that speaks now: how long it had not."""
@@ -50,8 +51,12 @@ class Watch:
 
     def on_message(self, router: bytes, message: ToWorker) -> None:
         now = self._channel.now
-        self._silent_s = now - self._heard_at.get(router, -SILENCE_S)
+        self._silent_s = now - self._heard_at.get(router, -ROUTER_SILENCE_S)
         self._heard_at[router] = now
+        if isinstance(message, RouterHello):
+            self._hellos[router] = message
+            for owed in [o for o in self.owed.values() if self._replaced(o.router, message)]:
+                del self.owed[owed.request_id]
         if isinstance(message, Abort):
             for request_id in message.request_ids:
                 owed = self.owed.get(request_id)
@@ -77,7 +82,8 @@ class Watch:
         sent = self._channel.send(router, message)
         if sent and isinstance(message, Refused):
             forgot = "say hello first" in message.reason  # Else it can't serve that router at all.
-            if forgot and self._silent_s < SILENCE_S:
+            anew = any(self._replaced(router, hello) for hello in self._hellos.values())
+            if forgot and not anew and self._silent_s < ROUTER_SILENCE_S:
                 raise Violation(f"a router that spoke {self._silent_s:.1f} s ago was given up")
             self._heard_at.pop(router)
         if not sent or isinstance(message, Refused):
@@ -100,8 +106,13 @@ class Watch:
 
     def still_owed(self) -> list[Owed]:
         """What routers that are there wait for."""
-        since = self._channel.now - SILENCE_S
+        since = self._channel.now - ROUTER_SILENCE_S
         return [o for o in self.owed.values() if self._heard_at.get(o.router, 0.0) > since]
+
+    def _replaced(self, router: bytes, hello: RouterHello) -> bool:
+        """It has greeted anew over another connection: nobody waits at this one."""
+        former = self._hellos.get(router, hello)
+        return former.router_id == hello.router_id and former.connection < hello.connection
 
     def _forgotten(self, router: bytes) -> list[Owed]:
         """What this router waits for and an idle worker knows nothing of."""

@@ -151,13 +151,11 @@ def test_who_stood_still_hears_the_others_before_it_calls_them_silent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On uvloop, as in production: it runs late timers before it reads."""
-    for name in ("router.core.fleet.SILENCE_S", "workers.server.SILENCE_S"):
-        monkeypatch.setattr(name, 1.5)
-    for name in ("router.link.HELD_UP_S", "workers.server.HELD_UP_S"):
-        monkeypatch.setattr(name, 0.5)
+    monkeypatch.setattr("router.core.fleet.SILENCE_S", 1.5)
 
     async def test() -> None:
         async with place() as worker, router(None) as here:
+            worker.worker._router_silence_s = 1.5
             tell(here, worker.channel.address, Kind.READY)
             await here.is_served()
             known = here.dispatch.fleet.get("w1")

@@ -309,11 +309,10 @@ def test_a_released_ticket_frees_the_prefills_blocks() -> None:
     run(test())
 
 
-def test_a_silent_routers_requests_are_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.server.SILENCE_S", 0.3)
-
+def test_a_silent_routers_requests_are_aborted() -> None:
     async def test() -> None:
         async with place() as here:
+            here.worker._router_silence_s = 0.3
             silent, other = here.peer(), here.peer()
             await silent.greet()
             await other.greet()
