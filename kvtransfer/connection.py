@@ -24,8 +24,11 @@ from kvtransfer.core.pulling import (
     TellRelease,
     Timeouts,
 )
+from kvtransfer.curve import present
+from kvtransfer.limited_log import LimitedLog
 from kvtransfer.orders import Mine, Order, Pulled
 from kvtransfer.protocol import (
+    FRAME_BYTES_MAX,
     MALFORMED,
     VERSION,
     Blocks,
@@ -40,6 +43,7 @@ from kvtransfer.protocol import (
     Sealed,
     ToReceiver,
 )
+from kvtransfer.sockets import bounded, is_address
 from kvtransfer.transports.api import Progress, TransferError
 
 if TYPE_CHECKING:
@@ -99,9 +103,14 @@ class Connection:
     ) -> None:
         """`wake`: called from another thread, when `hear` has something to see."""
         self.endpoint, self.epoch = order.endpoint, order.epoch
+        if not is_address(order.endpoint):
+            raise Broken(f"no address of a sender: {order.endpoint!r}")
         self._mine, self._timeouts, self._wake = mine, timeouts, wake
+        self._log = LimitedLog(log)
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
+        bounded(self._socket, FRAME_BYTES_MAX)
+        present(self._socket, mine.keys)
         # A name of our own: after a broken line the sender knows us again, and what we follow.
         self._socket.setsockopt(zmq.ROUTING_ID, secrets.token_hex(8).encode())
         try:
@@ -149,7 +158,7 @@ class Connection:
 
     def start(self, order: Order, now: float) -> None:
         if order.handle in self._by_handle:
-            self.ended.append(Pulled(order.request_id, f"handle {order.handle} is being pulled"))
+            self.ended.append(Pulled(order.request_id, "its handle is being pulled already"))
             return
         # A sender that has answered is not waited for, but the connection to its memory is.
         asked_at = now if self._opened is None else None
@@ -173,7 +182,7 @@ class Connection:
             except zmq.Again:
                 return
             except MALFORMED as error:  # As good as lost: what it said is asked for again.
-                log.warning("malformed control frame", extra={"error": str(error)})
+                self._log.warning("malformed control frame", {"error": str(error)})
                 continue
             now = time.monotonic()
             match message:
@@ -365,7 +374,7 @@ class Connection:
         try:
             self._socket.send(_encode(message), zmq.NOBLOCK)
         except zmq.Again:
-            log.warning("control frame not sent", extra={"endpoint": self.endpoint})
+            self._log.warning("control frame not sent", {"endpoint": self.endpoint})
 
     def _end(self, running: _Running, error: str | None) -> None:
         order, pull = running.order, running.pull
@@ -375,7 +384,7 @@ class Connection:
         for seq in [s for s, (handle, _) in self._questions.items() if handle == order.handle]:
             del self._questions[seq]
         if pull.mismatched:
-            log.error("KV refused", extra={"handle": order.handle, "reason": error})
+            log.error("KV refused", extra={"request": order.request_id, "reason": error})
         # In a failed pull the sender may have sealed all the same: its token is the client's.
         token = pull.sealed.manifest.first_token if pull.sealed else None
         self.ended.append(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvtransfer.core.items import Item
+    from kvtransfer.curve import Pair
     from kvtransfer.protocol import Layout
     from kvtransfer.transports.api import Memory, Transport
 
@@ -23,6 +24,8 @@ class Mine:
     layout: Layout
     rank: int
     transports: Sequence[Transport]
+    keys: Pair | None = None
+    """What proves to a sender that we are one of its group; None where none is asked for."""
     checksums: Checksums = field(init=False)
     """The receiver thread's."""
 

@@ -21,6 +21,7 @@ Version 3.
 from __future__ import annotations
 
 from math import lcm
+from typing import Annotated
 
 import msgspec
 
@@ -31,8 +32,18 @@ NULL_BLOCK = 0
 STATE = "mamba"
 """The kind of a group whose one block is the state after the last token, not tokens."""
 
-MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError)
-"""What decoding a peer's bytes may raise: msgspec lets bad UTF-8 through as Python's own error."""
+MALFORMED = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError, MemoryError)
+"""Everything that decoding a peer's bytes may raise. msgspec lets bad UTF-8 through as Python's own
+error, and nested arrays exhaust the stack even where a type forbids them: fields that the type does
+not know are skipped, one level a call."""
+
+FRAME_BYTES_MAX = 8 << 20
+"""Largest control frame. A prompt of a million tokens in blocks of 16 is announced with 2.5 MB."""
+ID_LENGTH_MAX = 512
+
+Id = Annotated[str, msgspec.Meta(max_length=ID_LENGTH_MAX)]
+Word = Annotated[str, msgspec.Meta(max_length=4096)]
+"""A word or a sentence for people."""
 
 
 class Group(msgspec.Struct, frozen=True, array_like=True):
@@ -124,8 +135,8 @@ class Follow(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Tell me of this handle from its beginning, whether you have heard of it yet or not."""
 
     seq: int
-    epoch: str
-    handle: str
+    epoch: Id
+    handle: Id
     rank: int
     ranks: int
     """How many receivers there will be; the handle ends when each has released it."""
@@ -135,15 +146,15 @@ class Renew(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """I still follow, or am still reading."""
 
     seq: int
-    epoch: str
-    handle: str
+    epoch: Id
+    handle: Id
 
 
 class Release(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """I am done with this handle, or never wanted it. Unanswered. `rank` None: all of us."""
 
-    epoch: str
-    handle: str
+    epoch: Id
+    handle: Id
     rank: int | None = None
 
 
@@ -152,7 +163,7 @@ class Release(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Opened(msgspec.Struct, frozen=True, array_like=True, tag=True):
     seq: int
-    epoch: str
+    epoch: Id
     layout: Layout
     lease_s: float
     checksums: str
@@ -165,13 +176,13 @@ class Held(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """To `Follow` and `Renew`: known or expected, and if sealed, leased anew from now on."""
 
     seq: int
-    handle: str
+    handle: Id
 
 
 class Blocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Columns `first`, `first + 1`, … of the prompt are computed and may be read."""
 
-    handle: str
+    handle: Id
     generation: int
     """Rises when the sender begins again (a preemption); what was read before is worthless."""
     first: int
@@ -186,7 +197,7 @@ class Blocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class Sealed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The prompt is computed, `generation` is its last, and the lease runs."""
 
-    handle: str
+    handle: Id
     generation: int
     manifest: Manifest
 
@@ -195,15 +206,15 @@ class Gone(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """No such handle, or no longer; what was not yet vouched for is worthless."""
 
     seq: int
-    handle: str
-    reason: str
+    handle: Id
+    reason: Word
 
 
 class Rejected(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """To anything: the two can't speak; `reason` names both sides."""
 
     seq: int
-    reason: str
+    reason: Word
 
 
 ToSender = Open | Follow | Renew | Release
@@ -216,9 +227,9 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     """Where a handle is followed. The router makes it up; both workers get the same."""
 
     version: int
-    epoch: str
+    epoch: Id
     """Of the sending process; a restart at the same address has another."""
-    handle: str
+    handle: Id
     """Single use; unique within the epoch."""
     endpoint: str
     """The sender's control channel, `tcp://host:port`."""
@@ -232,14 +243,23 @@ def encode_ticket(epoch: str, handle: str, endpoint: str) -> bytes:
     return msgspec.msgpack.encode(Ticket(VERSION, epoch, handle, endpoint))
 
 
+class _Versioned(msgspec.Struct, frozen=True, array_like=True):
+    """As much of any version's ticket as this version can read."""
+
+    version: int
+
+
+_decode_version = msgspec.msgpack.Decoder(_Versioned).decode
+_decode_ticket = msgspec.msgpack.Decoder(Ticket).decode
+
+
 def decode_ticket(content: bytes) -> Ticket:
     """A ticket of our own version. Raises `TicketUnreadable`."""
     try:
-        fields = msgspec.msgpack.decode(content, type=list)
-        version = fields[0] if fields else None
         # The version first: of another one's fields nothing is known.
+        version = _decode_version(content).version
         if version != VERSION:
             raise TicketUnreadable(f"ticket is of version {version}, this receiver of {VERSION}")
-        return msgspec.convert(fields, Ticket)
+        return _decode_ticket(content)
     except MALFORMED as e:
         raise TicketUnreadable(f"ticket is not readable: {e}") from None

@@ -14,6 +14,7 @@ import zmq
 from kvtransfer.connection import Broken, Connection
 from kvtransfer.core.pulling import Timeouts
 from kvtransfer.orders import Mine, Order, Pulled
+from kvtransfer.serving_thread import ServingThread
 from kvtransfer.transports import device
 from kvtransfer.wakeups import Wakeup
 
@@ -52,14 +53,21 @@ class Receiver:
         self._ended: deque[Pulled] = deque()
         self._news = threading.Event()
         self._wakeup = Wakeup()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="kv-receiver", daemon=True)
+        self._thread = ServingThread(
+            "kv-receiver",
+            self._turn,
+            begin=partial(device.use, mine.memory.device),
+            end=self._end,
+        )
         self._thread.start()
 
     # ------------------------------------------------------------ the engine's
 
     def start(self, order: Order) -> None:
         """Begin to fetch; `ended` tells of its end, once."""
+        if reason := self.dead:
+            self._fail(order, reason)
+            return
         self._inbox.append(order)
         self._wakeup.set()
 
@@ -78,36 +86,50 @@ class Receiver:
             found.append(self._ended.popleft())
         return found
 
+    @property
+    def dead(self) -> str | None:
+        """Why nothing is pulled any more; None while it is."""
+        return self._thread.dead
+
     def close(self) -> None:
-        self._closing = True
+        self._thread.closing()
         self._wakeup.set()
         self._thread.join(timeout=5)
         self._wakeup.close()
 
     # ------------------------------------------------------------ the thread
 
-    def _run(self) -> None:
-        device.use(self._mine.memory.device)
-        while not self._closing:
-            self._sleep()
-            self._take_inbox()
-            now = time.monotonic()
-            for connection in list(self._connections.values()):
-                self._guarded(connection, connection.hear)
-                self._supersede(connection)
-                self._guarded(connection, connection.land)
-            # All have landed: the room is known, and whoever waits for some sleeps for none.
-            for connection in list(self._connections.values()):
-                flying = sum(c.flying for c in self._connections.values())
-                room = min(self._room - flying, self._room // 2 - connection.flying)
-                self._guarded(connection, partial(connection.read, room, alone=not flying))
-                self._guarded(connection, partial(connection.tick, now))
-                self._report(connection)
-                if connection.idle(now):
-                    self._drop(connection, "idle")
+    def _turn(self) -> None:
+        self._sleep()
+        self._take_inbox()
+        now = time.monotonic()
         for connection in list(self._connections.values()):
-            self._drop(connection, "closing")
+            self._guarded(connection, connection.hear)
+            self._supersede(connection)
+            self._guarded(connection, connection.land)
+        # All have landed: the room is known, and whoever waits for some sleeps for none.
+        for connection in list(self._connections.values()):
+            flying = sum(c.flying for c in self._connections.values())
+            room = min(self._room - flying, self._room // 2 - connection.flying)
+            self._guarded(connection, partial(connection.read, room, alone=not flying))
+            self._guarded(connection, partial(connection.tick, now))
+            self._report(connection)
+            if connection.idle(now):
+                self._drop(connection, "idle")
+
+    def _end(self) -> None:
+        """Fail what is being pulled, and leave."""
+        reason = self._thread.dead or "closing"
+        for connection in list(self._connections.values()):
+            self._drop(connection, reason)
+        while self._inbox:
+            if isinstance(order := self._inbox.popleft(), Order):
+                self._fail(order, reason)
         self._context.term()
+
+    def _fail(self, order: Order, reason: str) -> None:
+        self._ended.append(Pulled(order.request_id, reason))
+        self._news.set()
 
     def _sleep(self) -> None:
         poller = zmq.Poller()
@@ -137,8 +159,7 @@ class Receiver:
             try:
                 connection = self._connection(command)
             except Broken as broken:
-                self._ended.append(Pulled(command.request_id, str(broken)))
-                self._news.set()
+                self._fail(command, str(broken))
                 continue
             self._handles[command.request_id] = (connection.key, command.handle)
             self._guarded(connection, partial(connection.start, command, now))

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 import zmq
 
+from kvtransfer.curve import present
 from kvtransfer.protocol import TicketUnreadable, decode_ticket
 from kvtransfer.sender import release_frame
+from kvtransfer.sockets import bounded, is_address
+
+if TYPE_CHECKING:
+    from kvtransfer.curve import Pair
 
 PEERS_MAX = 256
+QUEUE_MAX = 1000
+FRAME_BYTES_MAX = 1 << 16
+"""Of an answer: there is none to a `Release`."""
 
 
 class ReleaseClient:
     """Sends `Release` to a ticket's own sender. What does not arrive, the lease ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Pair | None = None) -> None:
+        """`keys`: as the senders have them."""
+        self._keys = keys
         self._context = zmq.Context()
         self._sockets: OrderedDict[str, zmq.Socket[bytes]] = OrderedDict()
 
@@ -31,6 +42,8 @@ class ReleaseClient:
 
     def release_handle(self, endpoint: str, epoch: str, handle: str) -> None:
         """The same, of a ticket that was read already."""
+        if not is_address(endpoint):
+            return
         with contextlib.suppress(zmq.ZMQError):
             self._to(endpoint).send(release_frame(epoch, handle), zmq.NOBLOCK)
 
@@ -42,7 +55,14 @@ class ReleaseClient:
     def _to(self, endpoint: str) -> zmq.Socket[bytes]:
         if endpoint not in self._sockets:
             socket = self._context.socket(zmq.DEALER)
-            socket.connect(endpoint)
+            bounded(socket, FRAME_BYTES_MAX)
+            present(socket, self._keys)
+            socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
+            try:
+                socket.connect(endpoint)
+            except zmq.ZMQError:
+                socket.close()
+                raise
             self._sockets[endpoint] = socket
             if len(self._sockets) > PEERS_MAX:
                 self._sockets.popitem(last=False)[1].close(linger=100)

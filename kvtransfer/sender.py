@@ -14,6 +14,8 @@ import zmq
 
 from kvtransfer.core.geometry import refusal
 from kvtransfer.core.sending import Book
+from kvtransfer.curve import Gate
+from kvtransfer.limited_log import LimitedLog
 from kvtransfer.protocol import (
     MALFORMED,
     VERSION,
@@ -25,20 +27,28 @@ from kvtransfer.protocol import (
     Renew,
     ToSender,
 )
+from kvtransfer.serving_thread import ServingThread
+from kvtransfer.sockets import bounded
 from kvtransfer.wakeups import Wakeup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvtransfer.core.sending import Messages
+    from kvtransfer.curve import Pair
     from kvtransfer.protocol import Layout, Manifest, Region, ToReceiver
 
 log = logging.getLogger(__name__)
 
 WAIT_MS: Final = 200
 RECEIVE_MAX: Final = 256
-QUEUE_MAX: Final = 10_000
+QUEUE_MAX: Final = 2000
 """Messages to one receiver that may wait. It asks again for what it missed."""
+HEARD_QUEUE_MAX: Final = 1000
+"""Messages of one receiver that may wait to be heard."""
+FRAME_BYTES_MAX: Final = 1 << 20
+"""Of one that a receiver sends: the largest is an `Open`, with its layout's segments."""
+REASON_MAX: Final = 2000
 _decode = msgspec.msgpack.Decoder(ToSender).decode
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -53,6 +63,16 @@ class Offered:
     """By rank."""
 
 
+class _OpenOfAnyVersion(msgspec.Struct, frozen=True, array_like=True, tag="Open"):
+    """As much of another version's `Open` as this version can read."""
+
+    seq: int
+    version: int
+
+
+_decode_foreign = msgspec.msgpack.Decoder(_OpenOfAnyVersion).decode
+
+
 class Sender:
     """Tells receivers what is computed, and keeps leases. An engine without work would not.
 
@@ -60,9 +80,16 @@ class Sender:
     """
 
     def __init__(
-        self, host: str, epoch: str, lease_s: float, offered: Offered, port: int = 0
+        self,
+        host: str,
+        epoch: str,
+        lease_s: float,
+        offered: Offered,
+        port: int = 0,
+        *,
+        keys: Pair | None = None,
     ) -> None:
-        """Bind, to a free port unless told which.
+        """Bind, to a free port unless told which. With `keys`, only workers that have them get in.
 
         Raises zmq.ZMQError when the host is no address of ours, or the port is taken.
         """
@@ -75,16 +102,37 @@ class Sender:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
+        self._socket.setsockopt(zmq.RCVHWM, HEARD_QUEUE_MAX)
+        bounded(self._socket, FRAME_BYTES_MAX)
+        self._log = LimitedLog(log)
+        self.malformed_total = 0
+        self._gate = Gate(self._context, keys) if keys else None
+        if self._gate:
+            self._gate.guard(self._socket)
         # A receiver that comes back under its own name must not be locked out by its ghost.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.bind(f"tcp://{host}:{port or '*'}")
         port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self.endpoint = f"tcp://{host}:{port}"
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="kv-sender", daemon=True)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wakeup.fileno(), zmq.POLLIN)
+        if self._gate:
+            self._poller.register(self._gate.socket, zmq.POLLIN)
+        self._thread = ServingThread("kv-sender", self._turn, end=self._close_sockets)
         self._thread.start()
 
     # ------------------------------------------------------------ the engine's
+
+    @property
+    def dead(self) -> str | None:
+        """Why receivers get no answer any more; None while they do."""
+        return self._thread.dead
+
+    @property
+    def refused_total(self) -> int:
+        """Peers without the group's keys."""
+        return self._gate.refused_total if self._gate else 0
 
     @property
     def leases_open(self) -> int:
@@ -134,7 +182,7 @@ class Sender:
         return ended
 
     def close(self) -> None:
-        self._closing.set()
+        self._thread.closing()
         self._wakeup.set()
         self._thread.join(timeout=5)
         self._context.term()
@@ -147,48 +195,50 @@ class Sender:
 
     # ------------------------------------------------------------ the thread
 
-    def _serve(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._wakeup.fileno(), zmq.POLLIN)
-        while not self._closing.is_set():
-            poller.poll(WAIT_MS)
-            self._wakeup.clear()
-            with self._lock:
-                self._outbox.extend(self._book.expire(time.monotonic()))
-            while self._outbox:
-                self._send(*self._outbox.popleft())
-            self._hear()
-        self._socket.close()
-
-    def _hear(self) -> None:
+    def _turn(self) -> None:
+        self._poller.poll(WAIT_MS)
+        self._wakeup.clear()
+        with self._lock:
+            self._outbox.extend(self._book.expire(time.monotonic()))
+        while self._outbox:
+            self._send(*self._outbox.popleft())
+        if self._gate:
+            self._gate.answer()
         for _ in range(RECEIVE_MAX):
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if len(frames) != 2:
-                continue
-            try:
-                message = _decode(frames[1])
-            except MALFORMED as error:
-                log.warning("malformed control frame", extra={"error": str(error)})
-                if foreign := _foreign(frames[1]):
-                    self._send(frames[0], foreign)
-                continue
-            try:
-                answers = self._answer(frames[0], message)
-            except Exception:  # The thread's edge: one receiver must not silence us for all.
-                log.exception("answering failed", extra={"frame": repr(message)[:1000]})
-                continue
-            for to, answer in answers:
-                self._send(to, answer)
+            if len(frames) == 2:
+                self._hear(*frames)
+
+    def _close_sockets(self) -> None:
+        self._socket.close()
+        if self._gate:
+            self._gate.close()
+
+    def _hear(self, of: bytes, frame: bytes) -> None:
+        try:
+            message = _decode(frame)
+        except MALFORMED as error:
+            self.malformed_total += 1
+            self._log.warning("malformed control frame", {"error": str(error)})
+            if foreign := _foreign(frame):
+                self._send(of, foreign)
+            return
+        try:
+            answers = self._answer(of, message)
+        except Exception:  # noqa: BLE001  # A message's edge: no receiver may silence us for all.
+            self._log.exception("answering failed", {"kind": type(message).__name__})
+            return
+        for to, answer in answers:
+            self._send(to, answer)
 
     def _send(self, to: bytes, message: ToReceiver) -> None:
         try:
             self._socket.send_multipart([to, _encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:  # It takes no more, or is gone: its lease ends by itself.
-            log.warning("control frame not sent", extra={"error": str(error)})
+            self._log.warning("control frame not sent", {"error": str(error)})
 
     def _answer(self, of: bytes, message: Open | Follow | Renew | Release) -> Messages:
         if isinstance(message, Open):
@@ -207,7 +257,7 @@ class Sender:
         if message.version != VERSION:
             return Rejected(message.seq, _other_version(message.version))
         if reason := refusal(offered.layout, message.layout):
-            return Rejected(message.seq, reason)
+            return Rejected(message.seq, reason[:REASON_MAX])
         return Opened(
             message.seq,
             self._epoch,
@@ -219,14 +269,14 @@ class Sender:
 
 
 def _foreign(frame: bytes) -> Rejected | None:
-    """To an `Open` of another version, of whose other fields nothing is known."""
+    """Rejection of an `Open` of another protocol version; only its first fields can be parsed."""
     try:
-        match msgspec.msgpack.decode(frame):
-            case ["Open", int(seq), int(version), *_] if version != VERSION:
-                return Rejected(seq, _other_version(version))
+        opened = _decode_foreign(frame)
     except MALFORMED:
-        pass
-    return None
+        return None
+    if opened.version == VERSION:
+        return None
+    return Rejected(opened.seq, _other_version(opened.version))
 
 
 def _other_version(version: int) -> str:

@@ -17,6 +17,7 @@ from kvtransfer.releases import ReleaseClient
 from kvtransfer.sender import Offered, Sender
 from kvtransfer.vllm_cache_events import told
 from kvtransfer.vllm_groups import Columns, groups_of, kept_from
+from kvtransfer.vllm_keys import keys_of
 from kvtransfer.vllm_records import Computed, HandoffStats, StepPlan, StepReport, account
 from kvtransfer.vllm_step_work import step_work
 
@@ -73,6 +74,7 @@ class SchedulerHalf:
         self._tokenizer_digest: str = extra("tokenizer_digest", "")
         self._lease_s = float(extra("lease_s", 30.0))
         self._checksums: str = extra("checksums", "sampled")
+        self._keys = keys_of(extra)
         self._cache_config = vllm_config.cache_config
         groups = groups_of(cache)
         self._groups, self._columns = groups, Columns(groups)
@@ -83,7 +85,7 @@ class SchedulerHalf:
         """By handle, generation and first column: what some ranks have told, and not all."""
         self._blocks: KVCacheManager | None = None
         self._sender: Sender | None = None
-        self._releases = ReleaseClient()
+        self._releases = ReleaseClient(self._keys)
         self._produced: dict[str, _Produced] = {}
         """By request, while it is computed and until it is sealed."""
         self._kept: dict[str, str] = {}
@@ -103,7 +105,7 @@ class SchedulerHalf:
         self._facts = ranks[0]
         self._block_bytes, self._ranks = sum(f.block_bytes for f in ranks), len(ranks)
         offered = Offered(ranks[0].layout, self._checksums, [f.regions for f in ranks])
-        self._sender = Sender(self._host, self._epoch, self._lease_s, offered)
+        self._sender = Sender(self._host, self._epoch, self._lease_s, offered, keys=self._keys)
 
     def bind(self, blocks: KVCacheManager) -> None:
         self._blocks = blocks
@@ -362,13 +364,17 @@ class SchedulerHalf:
         last_steps = [r for r, p in self._produced.items() if self._in_last_step(p)]
         for request_id in last_steps:
             self._produced[request_id].told = True
+        dead = sender.dead if sender else None
         return HandoffStats(
-            {
+            ({"dead": dead} if dead else {})
+            | {
                 "pulls": failures,
                 "last_steps": last_steps,
                 "step": self._tallies.popleft() if self._tallies else [],
                 "cache": self._cache_changes(),
                 "leases_open": sender.leases_open if sender else 0,
+                "malformed": sender.malformed_total if sender else 0,
+                "refused": sender.refused_total if sender else 0,
                 "leases_expired": sender.leases_expired_total if sender else 0,
                 "endpoint": sender.endpoint if sender else "",
                 "layout": _family(facts) if facts else "",

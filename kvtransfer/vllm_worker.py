@@ -17,6 +17,7 @@ from kvtransfer.refusal import Unserved
 from kvtransfer.step_events import StepEvents
 from kvtransfer.transports.api import TransferError
 from kvtransfer.transports.choose import PREFERRED, available
+from kvtransfer.vllm_keys import keys_of
 from kvtransfer.vllm_memory import place
 from kvtransfer.vllm_records import HandoffStats, StepPlan, StepReport, WorkerFacts, account
 
@@ -48,6 +49,7 @@ class WorkerHalf:
         self._names: list[str] = [n for n in extra("transports", "").split(",") if n]
         self._host: str = extra("host", "127.0.0.1")
         self._mode = Mode(extra("checksums", "sampled"))
+        self._keys = keys_of(extra)
         self.facts: WorkerFacts | None = None
         self._steps: StepEvents[list[Computed]] | None = None
         self._checksums: Checksums | None = None
@@ -86,7 +88,8 @@ class WorkerHalf:
         self.facts = WorkerFacts(layout, regions, block_bytes)
         self._steps = StepEvents(memory.device)
         self._checksums = Checksums(memory, layout.slots, self._mode)
-        self._receiver = Receiver(Mine(memory, layout, self._rank, transports), self._timeouts)
+        mine = Mine(memory, layout, self._rank, transports, self._keys)
+        self._receiver = Receiver(mine, self._timeouts)
 
     # ------------------------------------------------------------ a step
 
@@ -146,10 +149,11 @@ class WorkerHalf:
         return StepReport(told, tokens)
 
     def take_stats(self) -> HandoffStats | None:
-        if not self._pulls:
+        dead = self._receiver.dead if self._receiver else None
+        if not self._pulls and not dead:
             return None
         pulls, self._pulls = self._pulls, []
-        return HandoffStats({"pulls": pulls})
+        return HandoffStats({"pulls": pulls, **({"dead": dead} if dead else {})})
 
     def close(self) -> None:
         if self._receiver is not None:

@@ -16,16 +16,24 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
+import uvicorn
 import uvloop
 import zmq
 
 from controller.access import NoCluster
+from router.asker import AccessRules
+from router.bounds import connection_limits, request_limits
+from router.connection import ConnectionLimits, bounded
+from router.core.access import Keys
 from router.core.compat import RouterFacts
 from router.core.limits import Limits
 from router.core.placement import EstimatePolicy
 from router.discover import follow, make_source
 from router.dispatch import Dispatch
+from router.guard import at_admin_address
+from router.heap import set_up_heap
 from router.journal import Journal
+from router.keys import read_admin_key
 from router.leaving import Departure, LeavingServer
 from router.link import Curve, Links
 from router.metrics import (
@@ -47,6 +55,8 @@ from workers.models import ModelMissing, resolve_model
 
 if TYPE_CHECKING:
     import argparse
+
+    from starlette.types import ASGIApp
 
     from controller.sources import Source
     from workers.api import ToWorker
@@ -70,24 +80,27 @@ def main(argv: list[str]) -> int:
         source = make_source(settings, os.environ)
         model = resolve_model(settings.model)
         digests = model_digest(model), tokenizer_digest(model)
-        listener = socket.create_server((settings.host, settings.port))
-        # Connections inherit it. An event loop may not set it by itself, and then each event of a
-        # stream waits for the acknowledgement of the one before, up to 40 ms.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        admin_key = read_admin_key(settings.admin_key_file) if settings.admin_key_file else None
+        listeners = _listeners(settings)
     except (KeyFileBad, ModelMissing, NoCluster, OSError) as error:
         print(f"tandem router: {error}", file=sys.stderr)
         return 1
     _allow_files()
+    set_up_heap()
     # A bad flag should be told of in a moment: what takes seconds comes after.
     # vLLM's GPU build refuses to start where there is no GPU, and the router needs none.
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
-    from router.front import Unserved, front_args
+    from router.front import Unserved, front_args, take_keys
 
     if not any(f.startswith("--served-model-name") for f in flags):
         flags += ["--served-model-name", settings.model]
     front = front_args(model, flags)
     try:
-        uvloop.run(_serve(settings, front, listener, digests, Ways(curve, source)))
+        keys = Keys(take_keys(front, tenants_named=settings.trust_tenant_header), admin_key)
+        at_admin = listeners.admin is not None
+        rules = AccessRules(keys, settings.trust_tenant_header, admin_address=at_admin)
+        ways = Ways(listeners, rules, curve, source)
+        uvloop.run(_serve(settings, front, digests, ways))
     except Unserved as refusal:
         print(f"tandem router: {refusal}", file=sys.stderr)
         return 2
@@ -105,9 +118,35 @@ def _curve(settings: RouterSettings) -> Curve | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
-    """To the workers: how, and to which."""
+class Listeners:
+    """Sockets that are bound: the API's, and the admin's where it has an address of its own."""
 
+    api: socket.socket
+    admin: socket.socket | None
+
+
+def _listeners(settings: RouterSettings) -> Listeners:
+    """Raises OSError."""
+    api = socket.create_server((settings.host, settings.port))
+    # Connections inherit it. An event loop may not set it by itself, and then each event of a
+    # stream waits for the acknowledgement of the one before, up to 40 ms.
+    api.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    admin = None
+    if settings.admin_port is not None:
+        admin = socket.create_server((settings.host, settings.admin_port))
+    return Listeners(api, admin)
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    return f"http://{host}:{listener.getsockname()[1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """Clients' ways to the router, and the router's to its workers."""
+
+    listeners: Listeners
+    rules: AccessRules
     curve: Curve | None
     source: Source | None
 
@@ -132,21 +171,21 @@ def _limits(settings: RouterSettings) -> Limits:
         hedge_after_s=settings.hedge_after_s,
         hedge_ratio=settings.hedge_ratio,
         shares=settings.tenant_shares or {},
+        message_bytes=settings.message_bytes_max,
     )
 
 
 async def _serve(
     settings: RouterSettings,
     front: argparse.Namespace,
-    listener: socket.socket,
     digests: tuple[str, str],
     ways: Ways,
 ) -> None:
     from router.engine import DisaggregatedEngine
-    from router.front import VLLM_VERSION, build_front, front_config
+    from router.front import VLLM_VERSION, Surface, View, build_front, front_config
 
     config = front_config(front)
-    engine = DisaggregatedEngine(config)
+    engine = DisaggregatedEngine(config, request_limits(settings))
     facts = RouterFacts(
         router_id=f"router-{socket.gethostname()}-{uuid.uuid4().hex[:8]}",
         model=settings.model,
@@ -155,6 +194,7 @@ async def _serve(
         max_model_len=config.model_config.max_model_len,
         vllm_version=VLLM_VERSION,
         constraints=constraints(config),
+        message_bytes_max=settings.message_bytes_max,
     )
 
     def send(worker_id: str, message: ToWorker) -> None:
@@ -166,22 +206,19 @@ async def _serve(
     dispatch = Dispatch(
         send, engine, time.monotonic, journal, settings.reserve, policy=policy, limits=limits
     )
-    CacheMetrics(dispatch.caches)
-    QueueMetrics(dispatch)
-    DemandMetrics(dispatch)
-    HandoffMetrics(dispatch.handoffs.known)
+    _count(dispatch)
     engine.attach(dispatch)
+    engine.priorities = settings.tenant_priorities or {}
     links = Links(settings.workers or (), facts, dispatch, ways.curve)
     departure = Departure()
-    app = await build_front(engine, links, dispatch, departure, front)
+    surface = Surface(ways.rules, settings.api_docs)
+    app = await build_front(engine, View(links, dispatch, departure), front, surface)
     # What is here now stays. Looked through again it would hold all streams up, for 280 ms.
     gc.collect()
     gc.freeze()
-    server = LeavingServer(app, departure, settings.drain_s)
+    server = LeavingServer(app, departure, settings.drain_s, connection_limits(settings))
     app.state.server = server
-    if settings.address_file:
-        http = f"http://{settings.host}:{listener.getsockname()[1]}"
-        write_addresses(settings.address_file, channel=None, http=http)
+    _tell_addresses(settings, ways.listeners)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, server.leave, settings.notice_s)
     loop.add_signal_handler(signal.SIGINT, server.leave, 0.0)  # A person has no balancer.
@@ -190,10 +227,41 @@ async def _serve(
         if ways.source is not None:
             discovery = follow(ways.source, settings, links, loop.time)
             running.append(tasks.create_task(discovery.run()))
-        await server._serve([listener])
+        admin = _admin_server(app, connection_limits(settings))
+        if ways.listeners.admin is not None:
+            tasks.create_task(admin._serve([ways.listeners.admin]))
+        await server._serve([ways.listeners.api])
+        admin.should_exit = True  # It tells of the streams until they have ended.
         for task in running:
             task.cancel()
     engine.shutdown()
+
+
+def _count(dispatch: Dispatch) -> None:
+    CacheMetrics(dispatch.caches)
+    QueueMetrics(dispatch)
+    DemandMetrics(dispatch)
+    HandoffMetrics(dispatch.handoffs.known)
+
+
+def _tell_addresses(settings: RouterSettings, listeners: Listeners) -> None:
+    if settings.address_file:
+        host, admin = settings.host, listeners.admin
+        write_addresses(
+            settings.address_file,
+            channel=None,
+            http=_url(host, listeners.api),
+            admin=_url(host, admin) if admin else None,
+        )
+
+
+def _admin_server(app: ASGIApp, limits: ConnectionLimits) -> uvicorn.Server:
+    """The same application, whose life is the other server's to begin and to end."""
+    config = uvicorn.Config(
+        at_admin_address(app), lifespan="off", log_level="warning", access_log=False,
+        timeout_graceful_shutdown=1, http=bounded(limits), ws="none",
+    )  # fmt: skip
+    return uvicorn.Server(config)
 
 
 if __name__ == "__main__":

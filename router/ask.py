@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from workers.api import Item
+
+TOKEN_BYTES: Final = 5
+"""Of one token id on the wire, at most."""
+OTHER_BYTES: Final = 16_384
+"""The message's other fields, and what tries add to the prompt. Each is bounded by itself."""
 
 
 class Reserve(StrEnum):
@@ -52,6 +57,13 @@ class Ask:
     def identity(self) -> tuple[list[int], str | None, str | None, tuple[Item, ...]]:
         """Tokens, salt, adapter and items: equal prefixes have them in common."""
         return self.prompt_token_ids, self.cache_salt, self.lora_name, self.items
+
+    @property
+    def message_bytes(self) -> int:
+        """An upper bound of the message that a worker gets for it, at any try."""
+        items = sum(len(item.identifier) + 32 for item in self.items)
+        opaque = len(self.params) + len(self.contents)
+        return TOKEN_BYTES * len(self.prompt_token_ids) + items + opaque + OTHER_BYTES
 
     @property
     def only_one(self) -> bool:

@@ -1,30 +1,36 @@
-"""Whose a request is and by when it wants its first token, from HTTP's headers to the dispatch."""
+"""The identity of a request, from HTTP's headers to the dispatch."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from router.core.access import Access, Keys, Presented, presented_keys, tenant_of
+from router.core.errors import AdminKeyNeeded, KeyNotKnown, TenantNotAllowed
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from collections.abc import Mapping
 
 TENANT: Final = "x-tandem-tenant"
 TTFT_S: Final = "x-tandem-ttft-s"
+ADMIN: Final = "admin"
+"""The tenant of what is asked with the admin key, unless the header names another."""
 _NAME: Final = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
 class Asker:
+    """Who asks, what it may see, and by when it wants its first token."""
+
     tenant: str = ""
-    """As the header says; else a hash of the API key, so that no key is kept; else nobody's."""
     ttft_s: float | None = None
+    admin: bool = True
+    """It may see all tenants' requests. Without keys everybody may."""
+    salted: bool = False
+    """Its cached blocks are shared within its tenant only."""
 
 
 asker: ContextVar[Asker] = ContextVar("asker", default=Asker())  # noqa: B039  # It is frozen.
@@ -38,38 +44,71 @@ class HeaderBad(Exception):
         self.name = name
 
 
-def read_asker(headers: Headers) -> Asker:
-    """Raises `HeaderBad`."""
-    tenant, ttft_s = headers.get(TENANT), None
+@dataclass(frozen=True, slots=True)
+class AccessRules:
+    """What a router's settings say of keys and tenants."""
+
+    keys: Keys = field(default_factory=Keys)
+    trust_tenant_header: bool = False
+    """Any client may name the tenant: a gateway in front has checked who it is."""
+    admin_address: bool = False
+    """The admin's routes are at an address of their own, and at no other."""
+
+    def identify(self, headers: Mapping[str, str], access: Access, *, at_admin: bool) -> Asker:
+        """The asker, if it may use routes of this `access`; `at_admin`: at the admin's address.
+
+        Raises `KeyNotKnown`, `AdminKeyNeeded`, `TenantNotAllowed` or `HeaderBad`.
+        """
+        proven, key = self._proven(headers)
+        if access is not Access.OPEN:
+            self._check(proven, access, at_admin=at_admin)
+        named, ttft_s = _tenant_named(headers), _ttft_s(headers)
+        keys = self.keys
+        if proven is Presented.ADMIN or (at_admin and not keys.for_admin):
+            return Asker(ADMIN if named is None else named, ttft_s, True, keys.for_clients)
+        if not keys.for_clients:
+            return Asker(named or "", ttft_s, not keys.for_admin)
+        if named is not None and not self.trust_tenant_header:
+            raise TenantNotAllowed
+        tenant = tenant_of(key) if named is None else named
+        return Asker(tenant, ttft_s, False, True)
+
+    def _proven(self, headers: Mapping[str, str]) -> tuple[Presented, str]:
+        """The first of the request's keys that is known, and what it proves."""
+        for key in presented_keys(headers):
+            if (proven := self.keys.judge(key)) is not Presented.NOTHING:
+                return proven, key
+        return Presented.NOTHING, ""
+
+    def _check(self, proven: Presented, access: Access, *, at_admin: bool) -> None:
+        keys = self.keys
+        if proven is Presented.ADMIN:
+            return
+        if at_admin or access is Access.ADMIN:
+            if not keys.for_admin and (at_admin or not keys.for_clients):
+                return
+            if proven is Presented.NOTHING:
+                raise KeyNotKnown
+            raise AdminKeyNeeded(configured=keys.for_admin)
+        if keys.for_clients and proven is Presented.NOTHING:
+            raise KeyNotKnown
+
+
+def _tenant_named(headers: Mapping[str, str]) -> str | None:
+    tenant = headers.get(TENANT)
     if tenant is not None and not _NAME.fullmatch(tenant):
         raise HeaderBad(TENANT, "1 to 128 of letters, digits, . _ : @ -")
-    if (text := headers.get(TTFT_S)) is not None:
-        try:
-            ttft_s = float(text)
-        except ValueError:
-            ttft_s = math.nan
-        if not 0 < ttft_s < math.inf:
-            raise HeaderBad(TTFT_S, "seconds, above 0")
-    key = headers.get("authorization") or headers.get("x-api-key")
-    if tenant is None:
-        tenant = f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}" if key else ""
-    return Asker(tenant, ttft_s)
+    return tenant
 
 
-class AskerMiddleware:
-    """Reads them once a request; whatever runs for it finds them in `asker`."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                asker.set(read_asker(Headers(scope=scope)))
-            except HeaderBad as bad:
-                error = {
-                    "message": str(bad), "type": "BadRequestError", "param": bad.name, "code": 400
-                }  # fmt: skip
-                await JSONResponse({"error": error}, 400)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+def _ttft_s(headers: Mapping[str, str]) -> float | None:
+    text = headers.get(TTFT_S)
+    if text is None:
+        return None
+    try:
+        ttft_s = float(text)
+    except ValueError:
+        ttft_s = math.nan
+    if not 0 < ttft_s < math.inf:
+        raise HeaderBad(TTFT_S, "seconds, above 0")
+    return ttft_s

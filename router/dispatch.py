@@ -7,6 +7,7 @@ runs behind HTTP and in the simulator.
 from __future__ import annotations
 
 import logging
+import secrets
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,6 +16,7 @@ from router.accounts import Accounts
 from router.ask import Ask, Reserve
 from router.core import effects, race
 from router.core import lifecycle as life
+from router.core.belief import Doubts, batch_doubt
 from router.core.caches import Caches, Foretold
 from router.core.errors import NoCapacity, NoWorkers, Overloaded
 from router.core.fleet import Fleet
@@ -24,7 +26,7 @@ from router.handoff_watch import HandoffWatch
 from router.journal import Journal
 from router.live import Live, Step, generate, nobody_computed
 from router.patience import Patience
-from workers.api import Abort, Batch, Delta, Finish, KvAsk, Phase, Release, make_ticket
+from workers.api import Abort, Batch, Delta, Finish, KvAsk, KvSnapshot, Phase, Release, make_ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -33,13 +35,15 @@ if TYPE_CHECKING:
     from router.core.limits import Limits
     from router.core.placement import Placement, Policy, Prompt
     from router.sink import Sink
-    from workers.api import KvSnapshot, ToWorker, WorkerHello
+    from workers.api import ToWorker, WorkerHello
 
 log = logging.getLogger(__name__)
 
 REQUESTS_MAX = 20_000
 """Live requests a router holds; beyond, it answers 503."""
 PREFILL_SUFFIX = "/p"
+HANDLE_BYTES = 16
+"""Random ones of a handle: whoever knows it can follow, renew and release the KV it stands for."""
 HELD_UP_S = 0.1
 """A standstill of our own that is worth counting."""
 FORETOLD_S = 1.0
@@ -59,9 +63,13 @@ class Dispatch:
         *,
         policy: Policy | None = None,
         limits: Limits | None = None,
+        make_handle: Callable[[], str] | None = None,
     ) -> None:
+        """`make_handle`: names for handoffs, which only the two workers of each may learn; random
+        ones by default."""
         self.fleet = Fleet()
         self.caches = Caches()
+        self.doubts = Doubts()
         self.accounts = Accounts(self.fleet)
         self.handoffs = HandoffWatch(self.fleet)
         self.door = Door(self.fleet, limits)
@@ -72,6 +80,7 @@ class Dispatch:
         self._send = send
         self._sink = sink
         self._clock = clock
+        self._make_handle = make_handle or _secret
         self._live: dict[str, Live] = {}
         self._by_wire: dict[str, Live] = {}
 
@@ -103,7 +112,7 @@ class Dispatch:
             self.door.check_objective(ask, prompt, self._policy)
         live.entry = self.door.enter(ask, prompt, now)
         self._live[ask.request_id] = live
-        self.journal.start(ask.request_id, ask.name, len(ask.prompt_token_ids), now)
+        self.journal.start(ask, now)
         self._pump(now, only_if_due=crowded)
 
     def is_on(self, worker_id: str) -> bool:
@@ -136,6 +145,22 @@ class Dispatch:
         """A part of what a worker's prefix cache holds."""
         if self.caches.snapshot(worker_id, news, self._clock()):
             self._send(worker_id, KvAsk())
+
+    def doubt(self, worker_id: str, message: Batch | KvSnapshot) -> str | None:
+        """Why this worker can't have said that. Ask before `on_batch` and `on_snapshot`: they act.
+
+        A batch must be believed as a whole: half of one that was acted upon would be half a stream.
+        """
+        reason = self.caches.doubt(worker_id, message)
+        if reason is not None or isinstance(message, KvSnapshot):
+            return reason
+        known = self._by_wire
+        left = {
+            d.request_id: live.tokens_left
+            for d in message.deltas
+            if (live := known.get(d.request_id)) is not None
+        }
+        return batch_doubt(message, left)
 
     def on_lost(self, worker_id: str, reason: str) -> None:
         """A worker is gone, and with it whatever it held."""
@@ -207,28 +232,17 @@ class Dispatch:
 
     def _lose_patience(self, live: Live, now: float) -> None:
         """Ask another worker too, or no longer this one."""
+
+        def place(rival: Live) -> Placement:
+            prompt, avoid = self._prompt(rival, now), frozenset({slow or ""})
+            return self._policy.place(prompt, list(self.fleet), avoid)
+
+        slow = self.patience.slow(live, now)
         if stuck := self.patience.stuck(live, now):
             self._advance(live, stuck, now)
-        # Nobody's turn is taken for a hedge: who waits has not been served at all.
-        elif (slow := self.patience.slow(live, now)) and not self.door.queue:
-            self._hedge(live, slow, now)
-
-    def _hedge(self, live: Live, slow: str, now: float) -> None:
-        """Begin a second try beside the first, on other workers; the first one to speak wins."""
-        rival = self.patience.second(live, now)
-        if rival is None:
-            return
-        prompt = self._prompt(rival, now)
-        try:
-            placement = self._policy.place(prompt, list(self.fleet), frozenset({slow}))
-        except (NoCapacity, NoWorkers):
-            return
-        if slow in (placement.prefill, placement.decode):
-            return
-        self.patience.hedges.begun()
-        live.rival, rival.rival = rival, live
-        log.info("asked twice", extra={"request": live.ask.request_id, "slow": slow})
-        self._begin(rival, placement, prompt, now)
+        # Nobody's turn is taken for a second try: who waits has not been served at all.
+        elif slow and not self.door.queue and (rival := self.patience.second(live, slow, place)):
+            self._begin(rival, now)
 
     def _race(self, live: Live, rival: Live, event: life.Event, now: float) -> None:
         """An event of one of two tries."""
@@ -430,11 +444,13 @@ class Dispatch:
             return
         self.door.queue.grant(ask.request_id, now)
         self.patience.hedges.placed()
-        self._begin(live, placement, prompt, now)
-
-    def _begin(self, live: Live, placement: Placement, prompt: Prompt, now: float) -> None:
-        ask = live.ask
         live.placement = placement
+        self._begin(live, now)
+
+    def _begin(self, live: Live, now: float) -> None:
+        ask, prompt, placement = live.ask, live.prompt, live.placement
+        assert prompt is not None
+        assert placement is not None
         live.computes_on = placement.prefill or placement.decode
         live.predicted_tokens = prompt.cached_tokens.get(live.computes_on, 0)
         live.kv_tokens_expected = prompt.tokens + prompt.output_tokens
@@ -445,16 +461,13 @@ class Dispatch:
 
     def _placed(self, live: Live, placement: Placement) -> life.Placed:
         assert isinstance(live.state, life.Placing)
-        # Ids are single use: a late answer to a former try must not be taken for this one's.
-        number, ask = live.state.tries.number, live.ask
         self._forget_wires(live)
-        live.prompt_extras = live.cached_tokens = None  # Of a former try's prefill: of no more use.
-        live.wire_id = ask.request_id if number == 1 else f"{ask.request_id}/{number}"
+        live.begin_try(live.state.tries.number)
         prefill = self.fleet.get(placement.prefill) if placement.prefill else None
         if prefill is None:
             return life.Placed(None, placement.decode)
-        ticket = make_ticket(prefill.hello, live.wire_id + PREFILL_SUFFIX)
-        at_once = self._reserve is Reserve.AT_DISPATCH and not ask.only_one
+        ticket = make_ticket(prefill.hello, self._make_handle())
+        at_once = self._reserve is Reserve.AT_DISPATCH and not live.ask.only_one
         reserve = at_once and ticket is not None
         return life.Placed(prefill.id, placement.decode, ticket, reserve)
 
@@ -480,3 +493,7 @@ class Dispatch:
             if outcome is life.Outcome.FINISHED:
                 self.accounts.finished(live.output_tokens)
             self.door.judge(live.ask, self.journal.end(live.ask.request_id, outcome, now))
+
+
+def _secret() -> str:
+    return secrets.token_hex(HANDLE_BYTES)

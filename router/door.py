@@ -13,6 +13,7 @@ from router.core.errors import (
     ObjectiveOutOfReach,
     Overloaded,
     QueueFull,
+    RequestTooLarge,
     RouterError,
     TenantOverRate,
     WaitedTooLong,
@@ -97,6 +98,8 @@ class Door:
         return entry
 
     def _too_large(self, ask: Ask) -> RouterError | None:
+        if (size := ask.message_bytes) > self.limits.message_bytes:
+            return RequestTooLarge(bytes_=size, bytes_max=self.limits.message_bytes)
         if not ask.contents or self._contents + len(ask.contents) <= CONTENTS_MAX:
             return None
         return Overloaded(holds=f"{self._contents >> 20} MiB of images and their like")

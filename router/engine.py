@@ -6,10 +6,12 @@ import logging
 import time
 from contextlib import aclosing
 from copy import copy
+from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
-from vllm.exceptions import GracefulHTTPError, RetryableRequestError, VLLMValidationError
+from vllm.exceptions import RetryableRequestError, VLLMValidationError
 from vllm.renderers.inputs.preprocess import extract_prompt_components
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -19,26 +21,31 @@ from vllm.v1.metrics.stats import PrefillStats
 
 from router.ask import Ask
 from router.asker import asker
+from router.core.access import salt_for
 from router.core.errors import RequestInvalid, RouterError
+from router.core.request_limits import RequestLimits
 from router.no_engine import NoEngine
+from router.outcome import Outcome, outcome
 from router.plain import PlainStreams
+from router.preparing import BoundedPool, GrammarCheck, Turns
 from workers.api import Delta, Finish
 from workers.vllm_codec import decode_extras, encode_contents, encode_request, items_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable
+    from collections.abc import AsyncGenerator, Iterable, Mapping
 
     from vllm.config import VllmConfig
     from vllm.inputs import EngineInput, PromptType
     from vllm.outputs import RequestOutput
 
     from router.dispatch import Dispatch
-    from router.plain import Piece
 
 log = logging.getLogger(__name__)
 
 _TEMPERATURE_MIN = 1e-5
 """vLLM takes anything below for greedy."""
+
+SIMULATED = "sim"
 
 _FINISH = {
     Finish.STOP: FinishReason.STOP,
@@ -47,21 +54,17 @@ _FINISH = {
 }
 
 
-class Refusal(GracefulHTTPError):  # type: ignore[misc]
-    """A `RouterError` before the response has begun: its own status, and `Retry-After`."""
-
-    def __init__(self, error: RouterError) -> None:
-        super().__init__(str(error), HTTPStatus(error.status))
-        self.error = error
-
-
 class Broken(RetryableRequestError):  # type: ignore[misc]
-    """A `RouterError` under way: an error event in a stream, else its own status."""
+    """A `RouterError`, as vLLM's layers take it; `router.outcome` says it to the client."""
 
     def __init__(self, error: RouterError) -> None:
         super().__init__(str(error))
         self.status_code = HTTPStatus(error.status)
         self.error = error
+
+
+class Refusal(Broken):
+    """Nothing has been started."""
 
 
 class DisaggregatedEngine(NoEngine):
@@ -71,11 +74,20 @@ class DisaggregatedEngine(NoEngine):
     stop strings, logprobs, n > 1) to the waiting `generate` of each request.
     """
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    def __init__(self, vllm_config: VllmConfig, limits: RequestLimits | None = None) -> None:
         super().__init__(vllm_config)
+        limits = limits or RequestLimits()
+        longest = self.model_config.max_model_len
+        self.limits = replace(limits, token_ids_max=max(longest, limits.token_ids_max))
+        self._turns = Turns()
+        self._grammars = GrammarCheck(limits.grammar_s, limits.preparing_max)
+        # Everything that renders or tokenizes is given to this executor.
+        self._pool = BoundedPool(self.renderer._executor, limits.preparing_max, _refusal)
         self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self.plain_streams = PlainStreams(self.renderer.tokenizer)
         self._dispatch: Dispatch | None = None
+        self.priorities: Mapping[str, int] = {}
+        """The most urgent that each tenant may ask for; `*` for all others, else 0."""
 
     def attach(self, dispatch: Dispatch) -> None:
         """Give the engine its way out. The two need each other, so this comes second."""
@@ -89,11 +101,11 @@ class DisaggregatedEngine(NoEngine):
     # ------------------------------------------------------------ requests
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """Raise `Refusal` before a response is begun; a stream could no longer say 503."""
+        """Raise `Refusal` before anything is rendered."""
         try:
             self.dispatch.check(asker.get().tenant)
         except RouterError as error:
-            raise Refusal(error) from error
+            raise _refusal(error) from error
 
     async def generate(
         self,
@@ -107,13 +119,21 @@ class DisaggregatedEngine(NoEngine):
         Raises VLLMValidationError (4xx), `Refusal` or `Broken`. Closing the generator aborts.
         Whoever wanted a plain stream of this name gets `Piece`s.
         """
-        if self.plain_streams.wanted(request_id):
-            async with aclosing(
-                self._generate_plain(prompt, sampling_params, request_id, options)
-            ) as pieces:
-                async for piece in pieces:
-                    yield piece
-            return
+        plain = self.plain_streams.wanted(request_id)
+        make = self._generate_plain if plain else self._generate_outputs
+        result = outcome.get() or Outcome()
+        try:
+            async with aclosing(make(prompt, sampling_params, request_id, options)) as found:
+                async for each in found:
+                    result.begun = True
+                    yield each
+        except Exception as error:
+            result.error = error
+            raise
+
+    async def _generate_outputs(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, options: dict[str, Any]
+    ) -> AsyncGenerator[Any, None]:
         requests, queue = await self._add(prompt, sampling_params, request_id, options)
         ended = False
         try:
@@ -131,7 +151,8 @@ class DisaggregatedEngine(NoEngine):
 
     async def _generate_plain(
         self, prompt: Any, params: SamplingParams, request_id: str, options: dict[str, Any]
-    ) -> AsyncGenerator[Piece, None]:
+    ) -> AsyncGenerator[Any, None]:
+        """`Piece`s."""
         request = await self._process(prompt, params, request_id, options)
         internal_id, ended = request.request_id, False
         stream = self.plain_streams.open(request)
@@ -164,17 +185,21 @@ class DisaggregatedEngine(NoEngine):
         queue = RequestOutputCollector(params.output_kind, request.request_id)
         parent = ParentRequest(request) if params.n > 1 else None
         children = [request] if parent is None else _children(parent, request, params.n)
-        for index, child in enumerate(children):
-            self.output_processor.add_request(child, text, parent, index, queue)
         contents = encode_contents(request)  # All of them share it.
+        begun: list[str] = []
         try:
-            for child in children:
+            for index, child in enumerate(children):
+                if index:
+                    await self._turns.take()
+                begun.append(child.request_id)
+                self.output_processor.add_request(child, text, parent, index, queue)
                 self.dispatch.submit(_ask(child, contents))
-        except RouterError as error:
-            ids = [child.request_id for child in children]
-            self.output_processor.abort_requests(ids, internal=True)
-            self.dispatch.cancel(ids)
-            raise Refusal(error) from error
+        except BaseException as error:
+            self.output_processor.abort_requests(begun, internal=True)
+            self.dispatch.cancel(begun)
+            if isinstance(error, RouterError):
+                raise Refusal(error) from error
+            raise
         return children, queue
 
     async def _process(
@@ -185,12 +210,23 @@ class DisaggregatedEngine(NoEngine):
         options: dict[str, Any],
     ) -> EngineCoreRequest:
         _refuse_what_is_ours(params)
+        who = asker.get()
+        self._check_priority(who.tenant, options.get("priority") or 0)
+        self._check_logprobs(params)
         process = self.input_processor.process_inputs
         kept = ("lora_request", "tokenization_kwargs", "priority", "session_id", "kv_hints")
         given = {key: options[key] for key in kept if options.get(key) is not None}
         given["supported_tasks"] = await self.get_supported_tasks()
+        await self._turns.take()
         if isinstance(prompt, dict) and "type" in prompt:
-            request = process(request_id, prompt, params, **given)
+            if _takes_long(params):
+                call = partial(process, request_id, prompt, params, **given)
+                try:
+                    request = await self._grammars.run(call)
+                except RouterError as error:
+                    raise Refusal(error) from error
+            else:
+                request = process(request_id, prompt, params, **given)
         else:  # A raw prompt is tokenized here, which must not hold the loop up.
             request = await self.input_processor.process_inputs_async(
                 request_id, prompt, params, **given
@@ -207,8 +243,31 @@ class DisaggregatedEngine(NoEngine):
             raise VLLMValidationError(
                 "items can't be served by name alone; send their content", parameter="features"
             )
+        if who.salted:  # Before anything is made of it: worker and prefix index have the same.
+            request.cache_salt = salt_for(who.tenant, request.cache_salt)
         self.input_processor.assign_request_id(request)
         return cast(EngineCoreRequest, request)
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        """Beam search asks for them too. Where nobody makes any, vLLM's layers fail of that."""
+        wanted = "logprobs" if params.logprobs is not None else "prompt_logprobs"
+        if params.logprobs is None and params.prompt_logprobs is None:
+            return
+        fleet = self.dispatch.fleet
+        if len(fleet) and all(worker.hello.engine == SIMULATED for worker in fleet):
+            raise VLLMValidationError(
+                f"{wanted}: the simulated engine makes none, and so there is no beam search either",
+                parameter=wanted,
+            )
+
+    def _check_priority(self, tenant: str, priority: int) -> None:
+        urgent = self.priorities.get(tenant, self.priorities.get("*", 0))
+        if priority < urgent:
+            raise VLLMValidationError(
+                f"priority {priority} is more urgent than this tenant may ask for, {urgent} "
+                "(--tenant-priorities)",
+                parameter="priority",
+            )
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
@@ -242,6 +301,13 @@ class DisaggregatedEngine(NoEngine):
         queue.put(_client_error(error))
 
 
+def _refusal(error: RouterError) -> Refusal:
+    """What the request has come to before anything was generated for it."""
+    refusal = Refusal(error)
+    (outcome.get() or Outcome()).error = refusal
+    return refusal
+
+
 def _refuse_what_is_ours(params: SamplingParams) -> None:
     """The second would have an engine tell of blocks again that it has told of."""
     for name in ("kv_transfer_params", "kv_cache_report_mode"):
@@ -249,6 +315,11 @@ def _refuse_what_is_ours(params: SamplingParams) -> None:
             raise VLLMValidationError(
                 f"{name} is set by the router, not by clients", parameter=name
             )
+
+
+def _takes_long(params: SamplingParams) -> bool:
+    """Whether checking them is more than looking at numbers: bad words are tokenized."""
+    return params.structured_outputs is not None or bool(params.bad_words)
 
 
 def _children(parent: ParentRequest, request: EngineCoreRequest, n: int) -> list[EngineCoreRequest]:

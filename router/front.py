@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import aiohttp
 import msgspec
 import vllm
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request  # noqa: TC002  # FastAPI reads the annotation.
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from vllm import AsyncEngineArgs, envs
@@ -17,15 +18,21 @@ from vllm.config import ParallelConfig, VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.reasoning import ReasoningParserManager
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from router.asker import AskerMiddleware, asker
+from router.asker import AccessRules, asker
+from router.core.access import ROUTES
 from router.core.conversation import name_for, roles_in, trouble
-from router.engine import Broken, Refusal
+from router.core.request_limits import OverLimit, check_request
+from router.engine import Broken
+from router.guard import GuardMiddleware, error_response
+from router.http_limits import BodyLimits
+from router.outcome import OutcomeMiddleware, refusal_response
 from router.plain import splice
 from workers.flags import config_apart, one_line
 
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from fastapi import FastAPI
+    from starlette.routing import BaseRoute
 
     from router.dispatch import Dispatch
     from router.engine import DisaggregatedEngine
@@ -42,6 +50,9 @@ if TYPE_CHECKING:
     from router.link import Links
 
 _TASKS = ("generate",)
+_DOCS: Final = frozenset({"/openapi.json", "/docs", "/redoc"})
+_SECRET: Final = frozenset({"epoch", "handoff_endpoint"})
+"""Fields of a worker's hello with which its handles could be followed."""
 VLLM_VERSION: str = vllm.__version__
 
 
@@ -109,43 +120,92 @@ def _config(args: argparse.Namespace) -> VllmConfig:
     )
 
 
+def take_keys(args: argparse.Namespace, *, tenants_named: bool) -> list[str]:
+    """The clients' keys, by vLLM's flag or variable, which vLLM itself is then not told of.
+
+    Its own check knows one header, and guards some paths only. `tenants_named`: clients may say by
+    a header whose their requests are. Raises `Unserved`.
+    """
+    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    args.api_key = envs.VLLM_API_KEY = None
+    if envs.VLLM_ENABLE_RESPONSES_API_STORE and (len(keys) > 1 or tenants_named):
+        raise Unserved(
+            "VLLM_ENABLE_RESPONSES_API_STORE: the store knows no tenants, so each could read the "
+            "others' responses; leave it out, or have one key and no --trust-tenant-header"
+        )
+    return keys
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """What of the application can be reached, and by whom."""
+
+    rules: AccessRules
+    docs: bool
+    """`/docs`, `/redoc` and `/openapi.json` are served."""
+
+
 async def build_front(
     engine: DisaggregatedEngine,
-    links: Links,
-    dispatch: Dispatch,
-    departure: Departure,
+    view: View,
     args: argparse.Namespace,
+    surface: Surface,
 ) -> FastAPI:
     """The whole HTTP application."""
     _check_conversations(engine.renderer, args.chat_template)
     app: FastAPI = build_app(args, _TASKS, engine.model_config)
     await init_app_state(engine, app.state, args, _TASKS)
     splice(engine.plain_streams, app.state)
-    app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(Broken, _refused)
     # vLLM's handler is FastAPI's class's only, and misses what Starlette itself raises.
     app.add_exception_handler(HTTPException, _http_error)
     # `build_app` has built the stack already, with the handlers of then; the next request builds
     # it again.
     app.middleware_stack = None
-    app.add_middleware(AskerMiddleware)
+    app.add_middleware(BodyLimits, limits=engine.limits)
+    app.state.limits = engine.limits
+    # The innermost: what it says has the headers that all others add.
+    app.user_middleware.append(Middleware(OutcomeMiddleware, explain=_explain))
     app.dependency_overrides[validate_json_request] = _check_json
-    _add_routes(app, links, dispatch, departure)
+    mount(app, view, args, surface)
+    if surface.docs:
+        app.openapi()  # It takes seconds, and is kept: no request shall wait for it.
     return app
 
 
-def _refused(_: Request, error: Any) -> Response:
-    cause = error.error
-    content = {"message": str(cause), "type": cause.code, "param": None, "code": cause.code}
-    headers = {"Retry-After": str(cause.retry_after_s)} if cause.retryable else {}
-    return JSONResponse({"error": content}, cause.status, headers)
+def mount(app: FastAPI, view: View, args: argparse.Namespace, surface: Surface) -> None:
+    """Add our routes, and leave no other than those that a router serves."""
+    _add_routes(app, view)
+    app.router.routes[:] = [r for r in app.routes if _is_served(r, args, surface)]
+    mounted = frozenset(getattr(route, "path", "") for route in app.routes)
+    app.add_middleware(GuardMiddleware, rules=surface.rules, mounted=mounted)
+
+
+def _is_served(route: BaseRoute, args: argparse.Namespace, surface: Surface) -> bool:
+    path = getattr(route, "path", "")
+    listed = next((each for each in ROUTES if each.path == path), None)
+    methods = getattr(route, "methods", None)  # A mount has none, and serves whatever is below.
+    if listed is None or not methods or not methods - {"HEAD", "OPTIONS"} <= listed.methods:
+        return False
+    if path in _DOCS:
+        return surface.docs
+    # Without the flag vLLM mounts these too, to say so.
+    return not listed.optional or bool(args.enable_scale_out)
+
+
+def _refused(request: Request, error: Any) -> Response:
+    return refusal_response(error.error, request.url.path)
+
+
+def _explain(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and error object of what is vLLM's to explain."""
+    found = create_error_response(error).error
+    return found.code, found.model_dump()
 
 
 def _http_error(_: Request, error: Any) -> Response:
     """No such path, another method, a body nested too deeply: in OpenAI's shape too."""
-    kind = HTTPStatus(error.status_code).phrase
-    content = {"message": error.detail, "type": kind, "param": None, "code": error.status_code}
-    return JSONResponse({"error": content}, error.status_code, error.headers)
+    return error_response(error.status_code, error.detail, headers=error.headers)
 
 
 async def _check_json(request: Request) -> None:
@@ -158,6 +218,10 @@ async def _check_json(request: Request) -> None:
     body = await request.json() if await request.body() else None
     if not isinstance(body, dict):
         return  # What pydantic says to that is clear.
+    try:
+        check_request(body, request.app.state.limits)
+    except OverLimit as over:
+        raise VLLMValidationError(str(over), parameter=over.field) from over
     if not isinstance(body.get("messages", []), list):
         raise VLLMValidationError("messages must be a list", parameter="messages")
     if not isinstance(body.get("structured_outputs"), dict | None):
@@ -213,9 +277,22 @@ async def _fetched(rendering: Awaitable[Any]) -> Any:
         raise VLLMUnprocessableEntityError(what, parameter="url") from error
 
 
-def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch, departure: Departure) -> None:
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the router's own routes tell of."""
+
+    links: Links
+    dispatch: Dispatch
+    departure: Departure
+
+
+def _add_routes(app: FastAPI, view: View) -> None:
+    dispatch = view.dispatch
+
     async def requests(request: Request) -> Response:
-        found = dispatch.journal.find(request.path_params["name"])
+        who = asker.get()
+        tenant = None if who.admin else who.tenant
+        found = dispatch.journal.find(request.path_params["name"], tenant)
         if not found:
             raise HTTPException(404, "no such request, or too long ago")
         return JSONResponse([_record(r, dispatch) for r in found])
@@ -226,22 +303,27 @@ def _add_routes(app: FastAPI, links: Links, dispatch: Dispatch, departure: Depar
                 "workers": [
                     {"hello": _named(w.hello), "load": _named(w.load)} for w in dispatch.fleet
                 ],
-                "refused": {link.address: link.refused for link in links if link.refused},
+                "refused": {link.address: link.refused for link in view.links if link.refused},
             }
         )
 
     async def readyz(_: Request) -> Response:
-        trouble = "leaving" if departure.begun else _not_ready(dispatch)
+        trouble = "leaving" if view.departure.begun else _not_ready(dispatch)
         return PlainTextResponse(trouble or _degraded(dispatch) or "ok", 503 if trouble else 200)
+
+    async def livez(_: Request) -> Response:
+        return PlainTextResponse("ok")
 
     app.add_route("/tandem/requests/{name}", requests)
     app.add_route("/tandem/workers", workers)
+    app.add_route("/livez", livez)
     app.add_route("/readyz", readyz)
 
 
 def _named(message: msgspec.Struct) -> Any:
     """On the wire its fields have no names."""
-    return msgspec.to_builtins(msgspec.structs.asdict(message))
+    fields = msgspec.structs.asdict(message)
+    return msgspec.to_builtins({k: v for k, v in fields.items() if k not in _SECRET})
 
 
 def _not_ready(dispatch: Dispatch) -> str | None:

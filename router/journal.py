@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 if TYPE_CHECKING:
+    from router.ask import Ask
     from router.core.errors import RouterError
     from router.core.lifecycle import Outcome
     from router.core.placement import Placement
     from workers.api import Delta
 
 RECORDS_MAX = 4096
+_PREFIXES = ("chatcmpl-", "generate-tokens-")
+"""The front's, before what a client calls its request."""
 
 
 class Record(msgspec.Struct):
@@ -23,6 +26,7 @@ class Record(msgspec.Struct):
     name: str
     prompt_tokens: int
     started_at: float
+    tenant: str = ""
     outcome: str = "running"
     error_code: str | None = None
     waited_s: float = 0.0
@@ -78,8 +82,9 @@ class Journal:
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._observer = observer
 
-    def start(self, request_id: str, name: str, prompt_tokens: int, now: float) -> None:
-        self._records[request_id] = Record(request_id, name, prompt_tokens, now)
+    def start(self, ask: Ask, now: float) -> None:
+        tokens = len(ask.prompt_token_ids)
+        self._records[ask.request_id] = Record(ask.request_id, ask.name, tokens, now, ask.tenant)
         if len(self._records) > RECORDS_MAX:
             self._records.popitem(last=False)
 
@@ -133,17 +138,17 @@ class Journal:
                 self._observer.ended(record)
         return record
 
-    def find(self, name: str) -> list[Record]:
-        """Records whose request id or client's name is `name`, oldest first.
+    def find(self, name: str, tenant: str | None = None) -> list[Record]:
+        """Records of requests that are called exactly `name`, oldest first.
 
-        The front prefixes the client's own `X-Request-Id` (`chatcmpl-…`), so a name's ending
-        after a dash matches too, and numbers the prompts of one (`cmpl-…-0`).
+        A request is called by its answer's id, by the client's own `X-Request-Id`, and by its id
+        inside the router. `tenant`: only this one's; None for everybody's.
         """
-        ends, begins = f"-{name}", f"{name}-"
+        names = _Names(name)
         return [
             r
             for r in self._records.values()
-            if name in (r.request_id, r.name) or r.name.endswith(ends) or r.name.startswith(begins)
+            if (tenant is None or r.tenant == tenant) and (r.request_id == name or r.name in names)
         ]
 
 
@@ -156,3 +161,26 @@ def _write(record: Record, placement: Placement, predicted_tokens: int) -> None:
         record.estimated_ttft_s = made.ttft_s
         record.estimated_decode_s = made.decode_s
         record.estimated_damage_s = made.damage_s
+
+
+class _Names:
+    """The front's names of requests that a client knows by one id.
+
+    The front puts the endpoint before the client's `X-Request-Id` (`chatcmpl-…`), and numbers a
+    completion's prompts (`cmpl-…-0`) and a response's turns (`resp_…_0`).
+    """
+
+    def __init__(self, known_as: str) -> None:
+        self._exact = {known_as, *(prefix + known_as for prefix in _PREFIXES)}
+        self._numbered = [f"cmpl-{known_as}-"]
+        if known_as.startswith("cmpl-"):
+            self._numbered.append(f"{known_as}-")
+        if known_as.startswith("resp_"):
+            self._numbered.append(f"{known_as}_")
+
+    def __contains__(self, name: str) -> bool:
+        if name in self._exact:
+            return True
+        return any(
+            name.startswith(whole) and name[len(whole) :].isdecimal() for whole in self._numbered
+        )

@@ -50,11 +50,25 @@ class Live:
     kv_tokens_counted: int = 0
     """Up to which the promise of blocks has been made good."""
 
+    def begin_try(self, number: int) -> None:
+        """Give it ids of its own: a late answer to a former try must not be taken for this one's.
+
+        What a former try's prefill said is of no more use.
+        """
+        request_id = self.ask.request_id
+        self.wire_id = request_id if number == 1 else f"{request_id}/{number}"
+        self.prompt_extras = self.cached_tokens = None
+
     @property
     def estimated_s(self) -> float:
         """To the first token, from when it was placed; 0 when nothing is known."""
         made = self.placement.estimate if self.placement else None
         return made.ttft_s if made else 0.0
+
+    @property
+    def tokens_left(self) -> int:
+        """The most that a worker may still say, a relayed first token that is repeated included."""
+        return max(0, self.ask.max_tokens - (self.output_tokens - self.ask.generated)) + 1
 
 
 @dataclass(slots=True)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from router.core import lifecycle as life
+from router.core.errors import NoCapacity, NoWorkers
 from router.core.fleet import DOUBT_S
 from router.core.hedging import Hedges, stuck_s
 from router.live import Live
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from router.core.fleet import Fleet
     from router.core.limits import Limits
+    from router.core.placement import Placement
+
+log = logging.getLogger(__name__)
 
 
 class Patience:
@@ -42,8 +49,8 @@ class Patience:
             self._fleet.doubt(view.id, now)
         return view.id if overdue or (view.silent and waited_s > DOUBT_S) else None
 
-    def second(self, live: Live, now: float) -> Live | None:
-        """Another try at the same, to be placed; None where it may have none.
+    def second(self, live: Live, slow: str, place: Callable[[Live], Placement]) -> Live | None:
+        """Another try at the same beside it, with its placement; None where it may have none.
 
         Where the client has the first token from the prefill worker, it begins after that.
         """
@@ -57,6 +64,15 @@ class Patience:
             return None
         relayed = state.relayed if isinstance(state, life.Decoding) else None
         ask = live.ask if relayed is None else live.ask.after(relayed)
-        rival = Live(ask, life.Placing(tries), now, entry=live.entry)
+        rival = Live(ask, life.Placing(tries), live.progress_at, entry=live.entry)
         rival.output_tokens = live.output_tokens
+        try:
+            rival.placement = place(rival)
+        except (NoCapacity, NoWorkers):
+            return None
+        if slow in (rival.placement.prefill, rival.placement.decode):
+            return None
+        self.hedges.begun()
+        live.rival, rival.rival = rival, live
+        log.info("asked twice", extra={"request": ask.request_id, "slow": slow})
         return rival

@@ -19,6 +19,7 @@ import msgspec
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
+from router.outcome import outcome
 from workers.api import Finish
 
 if TYPE_CHECKING:
@@ -211,6 +212,8 @@ async def _events(
                 async for event in writer.end(piece):
                     yield event
     except Exception as error:  # noqa: BLE001  # vLLM's own generator says it to the client.
+        if (result := outcome.get()) and result.error is not None:
+            return  # It is the engine's, and `router.outcome` says it.
         async for event in written(error):
             yield event
     finally:

@@ -14,7 +14,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from controller.flags import Names, Ports, Roles, Url, split
 from router.ask import Reserve
 from router.core.placement import Disaggregate
-from workers.flags import FileToWrite, Port, Seconds, Text
+from workers.api import MESSAGE_BYTES_MAX
+from workers.flags import FileToWrite, MessageBytes, Port, Seconds, Text
 
 _ADDRESS: Final = re.compile(r"tcp://[A-Za-z0-9._-]+:([0-9]{1,5})")
 
@@ -56,7 +57,23 @@ def _shares(value: Any) -> Any:
     return shares
 
 
+Count = Annotated[int, Field(gt=0)]
 Shares = Annotated[Mapping[str, float], NoDecode, BeforeValidator(_shares)]
+
+
+def _priorities(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    found: dict[str, int] = {}
+    for part in split(value):
+        name, _, priority = part.rpartition("=")
+        if not name or name in found or not re.fullmatch(r"-?[0-9]{1,9}", priority):
+            raise ValueError("want name=priority, each name once, with commas between")
+        found[name] = int(priority)
+    return found
+
+
+Priorities = Annotated[Mapping[str, int], NoDecode, BeforeValidator(_priorities)]
 
 
 class Discover(StrEnum):
@@ -117,6 +134,51 @@ class RouterSettings(BaseSettings):
     hedge_ratio: float = Field(
         0.05, ge=0, le=1, description="most such second tries, as a share of requests"
     )
+    body_bytes_max: Count = Field(4 * 1024 * 1024, description="most bytes of a request's body")
+    bodies_bytes_max: Count = Field(
+        256 * 1024 * 1024, description="most bytes of the bodies of all requests under way"
+    )
+    body_s: Seconds = Field(30, description="longest that a body may take to come in")
+    header_bytes_max: Count = Field(32_768, description="most bytes of a request's headers")
+    headers_max: Count = Field(100, description="most headers of a request")
+    header_s: Seconds = Field(10, description="longest that they may take to come in")
+    connections_max: Count = Field(4_096, description="most connections of clients at once")
+    idle_s: Seconds = Field(75, description="how long a connection is kept without a request")
+    unread_s: Seconds = Field(30, description="longest that a client may leave answers unread")
+    json_depth_max: Count = Field(64, description="deepest nesting of a body")
+    json_values_max: Count = Field(30_000, description="most values in a body, but token ids")
+    token_ids_max: Count = Field(131_072, description="most token ids in a body")
+    text_chars_max: Count = Field(1_000_000, description="most characters of text in a body")
+    prompts_max: Count = Field(128, description="most prompts, or conversations, in a request")
+    sequences_max: Count = Field(128, description="most sequences of a request: prompts times n")
+    messages_max: Count = Field(2_000, description="most messages in a request")
+    stops_max: Count = Field(32, description="most stop strings of a request")
+    stop_chars_max: Count = Field(256, description="longest stop string, or bad word")
+    bad_words_max: Count = Field(256, description="most bad words of a request")
+    logit_bias_max: Count = Field(
+        1_024, description="most entries of logit_bias, and of lists of token ids like it"
+    )
+    grammar_bytes_max: Count = Field(65_536, description="largest grammar, schema or expression")
+    grammar_s: Seconds = Field(5, description="longest that one may take to be checked")
+    preparing_max: Count = Field(1_024, description="most prompts that wait to be tokenized")
+    message_bytes_max: MessageBytes = Field(
+        MESSAGE_BYTES_MAX, description="largest message of the token channel; as the workers'"
+    )
+    tenant_priorities: Priorities | None = Field(
+        None,
+        description="the most urgent that each may ask for, name=priority with commas between, "
+        "* for all others; else 0",
+    )
+    trust_tenant_header: bool = Field(
+        False, description="whoever has a key may say by X-Tandem-Tenant whose a request is"
+    )
+    admin_port: Port | None = Field(
+        None, description="serves /metrics and /tandem/… there, and no longer beside the API"
+    )
+    admin_key_file: Path | None = Field(
+        None, description="the key for /metrics and /tandem/…, in one line"
+    )
+    api_docs: bool = Field(False, description="serves /docs, /redoc and /openapi.json")
     curve_secret_file: Path | None = Field(
         None, description="its own secret key: encrypts the token channel"
     )

@@ -60,6 +60,7 @@ def main(argv: list[str]) -> int:
             model_digest=model_digest(model),
             tokenizer_digest=tokenizer_digest(model),
             lease_s=settings.lease_s,
+            message_bytes_max=settings.message_bytes_max,
         )
     except (KeyFileBad, ModelMissing) as error:
         print(f"tandem worker: {error}", file=sys.stderr)
@@ -121,6 +122,7 @@ def _engine(settings: WorkerSettings, identity: Identity, flags: list[str]) -> E
         kv_checksums=settings.kv_checksums,
         kv_answer_s=settings.kv_answer_s,
         kv_read_s=settings.kv_read_s,
+        curve_secret_file=str(settings.curve_secret_file or ""),
     )
     return VllmEngine(vllm_config(args, identity, flags))
 
@@ -131,7 +133,10 @@ async def _serve(
     metrics = Metrics()
     silence_s = settings.router_silence_s
     worker = Worker(engine, identity, metrics, router_silence_s=silence_s)
-    channel = Channel(settings.host, settings.port, worker, keys, silence_s)
+    channel = Channel(
+        settings.host, settings.port, worker, keys,
+        message_bytes_max=settings.message_bytes_max, silence_s=silence_s,
+    )  # fmt: skip
     worker.attach(channel)
     drain = Drain(worker, settings.drain_s, time.monotonic)
     http = HttpSide(settings.host, settings.http_port, worker, metrics, drain)

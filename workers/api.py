@@ -44,6 +44,9 @@ PROTOCOL = 5
 MALFORMED = kv.MALFORMED
 LOAD_INTERVAL_S = 0.5
 SILENCE_S = 5.0
+MESSAGE_BYTES_MAX = 32 << 20
+"""Default of the largest message on the token channel, either way: a million tokens of prompt, and
+27 MB of images. A setting of both sides (`--message-bytes-max`)."""
 """Of a worker, and of a router that greets one which still loads."""
 ROUTER_SILENCE_S = 30.0
 """A worker keeps a silent router's requests for so long while nothing tells that it is gone. It
@@ -213,6 +216,8 @@ class WorkerHello(_Message, frozen=True):
     """Which of `dp_size` data-parallel ranks it is. They step together and share experts; each is
     a worker of its own, with its own requests and KV."""
     dp_size: int = 1
+    message_bytes_max: int = MESSAGE_BYTES_MAX
+    """The largest message that it takes or sends. A router that says more would lose it."""
     max_num_seqs: int = 0
     """Sequences that it runs at once; 0 when it does not say."""
 

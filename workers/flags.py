@@ -33,6 +33,7 @@ def _in_a_folder(file: Path) -> Path:
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+MessageBytes = Annotated[int, Field(ge=1048576, le=1073741824)]
 Text = Annotated[str, Field(min_length=1)]
 FileToWrite = Annotated[Path, AfterValidator(_in_a_folder)]
 

@@ -6,6 +6,9 @@ import json
 import logging
 import time
 
+# For routers, which may not import it from there.
+from kvtransfer.limited_log import LimitedLog as LimitedLog  # noqa: PLC0414
+
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 """What every record has; the rest came in as `extra`."""
 

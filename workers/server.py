@@ -13,6 +13,7 @@ import msgspec
 from workers.api import (
     ACCEPTS,
     LOAD_INTERVAL_S,
+    MESSAGE_BYTES_MAX,
     PROTOCOL,
     ROUTER_SILENCE_S,
     SILENCE_S,
@@ -60,6 +61,7 @@ class Identity:
     model_digest: str
     tokenizer_digest: str
     lease_s: float
+    message_bytes_max: int = MESSAGE_BYTES_MAX
 
 
 @dataclass(slots=True)
@@ -131,7 +133,7 @@ class Worker:
         stalled = self._clock() - self._stepped_at
         if self._owners and stalled > STALL_S:
             return f"busy but not stepping for {stalled:.0f} s"
-        return None
+        return self._engine.dead
 
     @property
     def load(self) -> Load:
@@ -187,6 +189,7 @@ class Worker:
             lease_s=me.lease_s, handoff_endpoint=facts.handoff_endpoint,
             tells_cache=facts.tells_cache, step_tokens=facts.step_tokens,
             constraints=facts.constraints, dp_rank=facts.dp_rank, dp_size=facts.dp_size,
+            message_bytes_max=me.message_bytes_max,
             max_num_seqs=facts.max_num_seqs,
         )  # fmt: skip
 

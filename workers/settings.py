@@ -8,8 +8,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from workers.api import ROUTER_SILENCE_S, Role
-from workers.flags import FileToWrite, Port, Seconds, Text
+from workers.api import MESSAGE_BYTES_MAX, ROUTER_SILENCE_S, Role
+from workers.flags import FileToWrite, MessageBytes, Port, Seconds, Text
 
 
 class WorkerSettings(BaseSettings):
@@ -53,8 +53,11 @@ class WorkerSettings(BaseSettings):
     )
     kv_answer_s: Seconds = Field(5.0, description="how long a sender's answer may take, in seconds")
     kv_read_s: Seconds = Field(30.0, description="how long one read of KV may take, in seconds")
+    message_bytes_max: MessageBytes = Field(
+        MESSAGE_BYTES_MAX, description="largest message of the token channel; as the routers'"
+    )
     curve_secret_file: Path | None = Field(
-        None, description="the workers' secret key: encrypts the token channel"
+        None, description="the workers' secret key: token channel and handoff ask for it"
     )
     curve_routers_file: Path | None = Field(
         None, description="public keys of the routers that may connect, one a line"

@@ -141,6 +141,8 @@ class LocalGroup:
     def _make_router(self, name: str, flags: Sequence[str]) -> Part:
         shared = shared_flags(self._flags)
         own = ["--model", self._model, "--workers", ",".join(w.channel for w in self.workers)]
+        if os.environ.get("VLLM_API_KEY") or "--api-key" in flags:
+            own += ["--admin-port", "0"]  # A client's key does not open the router's own routes.
         return self._part(
             name,
             ["router", *own, "--port", str(self._port if name == "router" else 0), *shared, *flags],
@@ -160,7 +162,7 @@ class LocalGroup:
         everyone = {w.name for w in self.workers}
 
         def acquainted() -> bool:
-            known = httpx.get(f"{router.http}/tandem/workers", timeout=10).json()["workers"]
+            known = httpx.get(f"{router.admin}/tandem/workers", timeout=10).json()["workers"]
             return everyone <= {w["hello"]["worker_id"] for w in known}
 
         self._await_ready(router)

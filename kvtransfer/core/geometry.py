@@ -25,6 +25,14 @@ UNITS_MAX: Final = 2**31 - 1
 TOKENS_MAX: Final = 1 << 24
 SLOTS_MAX: Final = 4096
 """Block ids of one column."""
+HEADS_MAX: Final = 1 << 16
+RANKS_MAX: Final = 1024
+GROUPS_MAX: Final = 1024
+SEGMENTS_MAX: Final = 1 << 16
+BLOCK_SIZES_MAX: Final = 16
+"""Different ones: columns are their least common multiple."""
+BYTES_MAX: Final = 1 << 40
+"""Of one block in one segment, and of one head's token: what is more was made up."""
 
 
 class Unlike(Exception):
@@ -61,14 +69,20 @@ def unsound(layout: Layout) -> str | None:
     """Why these numbers describe no memory at all; None when they do."""
     if not layout.groups or min(layout.kv_heads, layout.ranks) < 1:
         return "it has no groups, heads or ranks"
-    if layout.head_token_bytes < 0 or any(size < 1 for size in layout.segments):
-        return "it has segments without bytes"
+    if layout.kv_heads > HEADS_MAX or layout.ranks > RANKS_MAX:
+        return f"it has more than {HEADS_MAX} heads or {RANKS_MAX} ranks"
+    if len(layout.groups) > GROUPS_MAX or len(layout.segments) > SEGMENTS_MAX:
+        return f"it has more than {GROUPS_MAX} groups or {SEGMENTS_MAX} segments"
+    if not all(1 <= size <= BYTES_MAX for size in (*layout.segments, layout.head_token_bytes or 1)):
+        return "it has segments without bytes, or with too many"
     numbers = [n for g in layout.groups for n in g.segments]
     if not numbers or not all(0 <= n < len(layout.segments) for n in numbers):
         return "its groups name segments that it has not"
     if not all(1 <= g.block_tokens <= TOKENS_MAX for g in layout.groups):
         return "its blocks have no tokens, or too many"
     counted = [g.block_tokens for g in layout.groups if g.kind != STATE]
+    if len({g.block_tokens for g in layout.groups}) > BLOCK_SIZES_MAX:
+        return f"its blocks have more than {BLOCK_SIZES_MAX} different sizes"
     if counted and (column := layout.column_tokens) > min(counted) * SLOTS_MAX:
         return f"its blocks of {counted} tokens make columns of {column}"
     return None

@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import numpy as np
 
+from kvtransfer.limited_log import LimitedLog
 from kvtransfer.transports import collective_wire as wire
 from kvtransfer.transports import device
 from kvtransfer.transports.api import Segment, TransferError
 from kvtransfer.transports.pieces import Pieces
+from kvtransfer.transports.strangers import (
+    HELLO_S,
+    STRANGERS_MAX,
+    Deadline,
+    Strangers,
+    accept_each,
+    cut,
+)
 
 if TYPE_CHECKING:
     from kvtransfer.transports.api import Memory
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 READERS_MAX: Final = 64
+HELLO_BYTES_MAX: Final = 1024
 CLOSE_S: Final = 1.0
 
 
@@ -48,6 +58,8 @@ class CollectiveOffer:
         self._backend = backend
         self._token = secrets.token_bytes(16)
         self._closing = False
+        self._log = LimitedLog(log)
+        self._strangers = Strangers()
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._listener = socket.create_server((host, 0), backlog=READERS_MAX)
@@ -67,49 +79,54 @@ class CollectiveOffer:
             self._closing = True
             open_now = dict(self._connections)
         for connection in (self._listener, *open_now):
-            _wake(connection)
+            cut(connection)
         # A thread that waits for a stopped reader outlives this: it holds staging, no KV memory.
         for thread in (self._thread, *open_now.values()):
             thread.join(CLOSE_S)
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
+        accept_each(self._listener, self._begin, lambda: self._closing)
+
+    def _begin(self, connection: socket.socket) -> None:
+        thread = threading.Thread(
+            target=self._serve, args=(connection,), name="kv-collective", daemon=True
+        )
+        with self._lock:
+            if self._closing or len(self._connections) >= READERS_MAX + STRANGERS_MAX:
+                connection.close()
+                return
+            self._connections[connection] = thread
+            self._strangers.add(connection)
             try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                if self._closing:
-                    return
-                raise
-            with self._lock:
-                if self._closing or len(self._connections) >= READERS_MAX:
-                    connection.close()
-                    continue
-                thread = threading.Thread(
-                    target=self._serve, args=(connection,), name="kv-collective", daemon=True
-                )
-                self._connections[connection] = thread
                 thread.start()
+            except RuntimeError:
+                del self._connections[connection]
+                self._strangers.gone(connection)
+                raise
 
     def _serve(self, connection: socket.socket) -> None:
         device.use(self._memory.device)
         try:
             _Reader(self, connection).run()
         except TransferError as error:
-            log.warning("a reader was refused", extra={"error": str(error)})
+            self._log.warning("a reader was refused", {"error": str(error)})
             with contextlib.suppress(OSError):  # It is gone already.
                 connection.sendall(wire.frame(wire.Refused(str(error)[:1000])))
         except (OSError, RuntimeError) as error:  # RuntimeError is all of torch's.
             log.info("a reader is gone", extra={"error": str(error)})
+        except Exception:  # noqa: BLE001  # A reader's edge.
+            self._log.exception("answering a reader failed", {})
         finally:
+            self._strangers.gone(connection)
             with self._lock:
                 self._connections.pop(connection, None)
             connection.close()
 
     def admit(self, connection: socket.socket, buffer: bytearray) -> int | None:
         """The reader's unit size, once it has shown that it was given our description."""
+        hello = wire.receive(connection, buffer, wire.ToOffer, Deadline(HELLO_S), HELLO_BYTES_MAX)
         connection.settimeout(wire.ANSWER_S)
-        hello = wire.receive(connection, buffer, wire.ToOffer)
         if hello is None:
             return None
         if not isinstance(hello, wire.Hello) or not hmac.compare_digest(hello.token, self._token):
@@ -118,6 +135,10 @@ class CollectiveOffer:
             raise TransferError(
                 f"the sender speaks version {wire.VERSION}, the reader {hello.version}"
             )
+        if not self._strangers.admitted(connection):
+            raise TransferError("too many connections were open before the reader said who it is")
+        if len(self._connections) - len(self._strangers) > READERS_MAX:
+            raise TransferError(f"there are more than {READERS_MAX} readers")
         return hello.unit_bytes
 
     @property
@@ -187,9 +208,3 @@ def _units(want: Any, most: int, count: int) -> Any:
     if units.min() < 0 or units.max() >= count:
         raise TransferError(f"the reader asked for units outside the {count} there are")
     return units
-
-
-def _wake(connection: socket.socket) -> None:
-    """End the wait of the thread that this socket belongs to; closing it is that thread's."""
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
 
+    from kvtransfer.transports.strangers import Deadline
+
 VERSION: Final = 1
 SLOTS: Final = 4
 SLOT_BYTES: Final = 4 << 20
@@ -86,13 +88,13 @@ def frame(message: ToOffer | ToPeer) -> bytes:
     return _HEAD.pack(len(body)) + body
 
 
-def decode(buffer: bytearray, kind: Any) -> Any:
+def decode(buffer: bytearray, kind: Any, most: int = FRAME_BYTES_MAX) -> Any:
     """The first frame of `buffer`, taken out of it; None while it is not all there."""
     if len(buffer) < _HEAD.size:
         return None
     (size,) = _HEAD.unpack_from(buffer)
-    if size > FRAME_BYTES_MAX:
-        raise TransferError(f"a control frame of {size} bytes; {FRAME_BYTES_MAX} are allowed")
+    if size > most:
+        raise TransferError(f"a control frame of {size} bytes; {most} are allowed")
     end = _HEAD.size + size
     if len(buffer) < end:
         return None
@@ -104,10 +106,21 @@ def decode(buffer: bytearray, kind: Any) -> Any:
         raise TransferError(f"a control frame is not readable: {error}") from None
 
 
-def receive(connection: socket.socket, buffer: bytearray, kind: Any) -> Any:
-    """Wait for a frame, as long as the socket's timeout says; None when the other side left."""
-    while (message := decode(buffer, kind)) is None:
+def receive(
+    connection: socket.socket,
+    buffer: bytearray,
+    kind: Any,
+    deadline: Deadline | None = None,
+    most: int = FRAME_BYTES_MAX,
+) -> Any:
+    """Wait for a frame, as long as the socket's timeout says; None when the other side left.
+
+    With a deadline, for all of it and not for each of its pieces.
+    """
+    while (message := decode(buffer, kind, most)) is None:
         try:
+            if deadline is not None:
+                connection.settimeout(deadline.left_s())
             data = connection.recv(65536)
         except OSError as error:
             raise TransferError(f"the control connection failed: {error}") from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import numpy as np
 
+from kvtransfer.protocol import MALFORMED
 from kvtransfer.transports import place
 from kvtransfer.transports.api import Abilities, Memory, Progress, TransferError
 from kvtransfer.transports.tcp_sender import TcpOffer
@@ -316,7 +317,7 @@ def _left(until: float) -> float:
 def _decode(description: bytes) -> TcpDescription:
     try:
         theirs = msgspec.msgpack.decode(description, type=TcpDescription)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise TransferError(f"not a description of tcp: {error}") from None
     if theirs.version != VERSION:
         raise TransferError(f"sender speaks tcp {theirs.version}, receiver {VERSION}")

@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from kvtransfer.limited_log import LimitedLog
 from kvtransfer.transports import place
 from kvtransfer.transports.api import TransferError
+from kvtransfer.transports.strangers import (
+    HELLO_S,
+    STRANGERS_MAX,
+    Deadline,
+    Strangers,
+    accept_each,
+    cut,
+)
 from kvtransfer.transports.tcp_wire import (
     HELLO,
     REPLY_BYTES_MAX,
@@ -37,11 +46,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX: Final = 256
+"""Of readers that were let in."""
 FRAME_TIMEOUT_S: Final = 5
-"""For the rest of a frame that has begun, and for a new connection's hello."""
+"""For the rest of a frame that has begun."""
 STALL_TIMEOUT_S: Final = 60
 """For a reader to take anything: a stopped one must not hold a thread for ever."""
-ACCEPT_PAUSE_S: Final = 0.1
 PIECES_MAX: Final = 1024
 """IOV_MAX: how many one `sendmsg` takes."""
 
@@ -64,6 +73,8 @@ class TcpOffer:
         )
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._log = LimitedLog(log)
+        self._strangers = Strangers()
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._thread = threading.Thread(target=self._accept, name="kv-tcp-accept", daemon=True)
         self._thread.start()
@@ -74,47 +85,57 @@ class TcpOffer:
             self._closing.set()
             connections = dict(self._connections)
         for each in (self._listener, *connections):
-            _shut(each)  # Wakes whoever waits in it.
+            cut(each)  # Wakes whoever waits in it.
         self._thread.join()
         self._listener.close()
         for thread in connections.values():
             thread.join()
 
     def _accept(self) -> None:
-        while not self._closing.is_set():
+        accept_each(self._listener, self._begin, self._closing.is_set)
+
+    def _begin(self, connection: socket.socket) -> None:
+        thread = threading.Thread(
+            target=self._serve, args=(connection,), name="kv-tcp-serve", daemon=True
+        )
+        with self._lock:
+            full = len(self._connections) >= CONNECTIONS_MAX + STRANGERS_MAX
+            if self._closing.is_set() or full:
+                connection.close()
+                return
+            self._connections[connection] = thread
+            self._strangers.add(connection)
             try:
-                connection, _address = self._listener.accept()
-            except OSError:
-                # `close`; or a client that was gone already; or no descriptors are left.
-                self._closing.wait(ACCEPT_PAUSE_S)
-                continue
-            with self._lock:
-                if self._closing.is_set() or len(self._connections) >= CONNECTIONS_MAX:
-                    connection.close()
-                    continue
-                thread = threading.Thread(
-                    target=self._serve, args=(connection,), name="kv-tcp-serve", daemon=True
-                )
-                self._connections[connection] = thread
                 thread.start()
+            except RuntimeError:
+                del self._connections[connection]
+                self._strangers.gone(connection)
+                raise
 
     def _serve(self, connection: socket.socket) -> None:
         try:
             _tune(connection)
             self._answer(connection)
         except WireError as error:
-            log.warning("kv connection closed", extra={"reason": str(error)})
+            self._log.warning("kv connection closed", {"reason": str(error)})
         except OSError as error:
             log.debug("kv connection ended", extra={"reason": str(error)})
+        except Exception:  # noqa: BLE001  # A reader's edge.
+            self._log.exception("answering a reader failed", {})
         finally:
+            self._strangers.gone(connection)
             with self._lock:
                 del self._connections[connection]
             connection.close()
 
     def _answer(self, connection: socket.socket) -> None:
-        token, unit_bytes = parse_hello(_receive(connection, HELLO.size, idle=False))
+        token, unit_bytes = parse_hello(_hello(connection))
         if not hmac.compare_digest(token, self._token):
             raise WireError("a hello without this offer's token")
+        if not self._strangers.admitted(connection):
+            raise WireError("too many connections were open before it said who it is")
+        if len(self._connections) - len(self._strangers) > CONNECTIONS_MAX:
+            raise WireError(f"more than {CONNECTIONS_MAX} readers")
         try:
             views = Views(self._memory, unit_bytes)
         except TransferError as error:
@@ -125,6 +146,22 @@ class TcpOffer:
             number, form, size = parse_request(_receive(connection, REQUEST.size, idle=True))
             units = parse_units(form, _receive(connection, size, idle=False))
             _reply(connection, views, number, units)
+
+
+def _hello(connection: socket.socket) -> bytes:
+    """A new connection's first frame, within `HELLO_S` however slowly its bytes come."""
+    deadline, frame = Deadline(HELLO_S), b""
+    while len(frame) < HELLO.size:
+        _time_out_after(connection, deadline.left_s())
+        try:
+            part = connection.recv(HELLO.size - len(frame))
+        except BlockingIOError:
+            continue
+        if not part:
+            raise WireError("a hello was cut off")
+        frame += part
+    _time_out_after(connection, FRAME_TIMEOUT_S)
+    return frame
 
 
 def _reply(connection: socket.socket, views: Views, number: int, units: Numbers) -> None:
@@ -169,17 +206,13 @@ def _tune(connection: socket.socket) -> None:
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, option):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    # The kernel's own timeouts: with Python's, each call would be two.
-    connection.setsockopt(
-        socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", FRAME_TIMEOUT_S, 0)
-    )
     connection.setsockopt(
         socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", STALL_TIMEOUT_S, 0)
     )
 
 
-def _shut(each: socket.socket) -> None:
-    try:
-        each.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return  # It was gone already.
+def _time_out_after(connection: socket.socket, seconds: float) -> None:
+    # The kernel's own timeouts: with Python's, each call would be two.
+    whole = int(seconds)
+    value = struct.pack("ll", whole, max(1, int((seconds - whole) * 1e6)))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)

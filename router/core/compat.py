@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from workers.api import ACCEPTS, PROTOCOL, Phase
+from router.core.belief import NAME_MAX, hello_doubt
+from workers.api import ACCEPTS, MESSAGE_BYTES_MAX, PROTOCOL, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,10 +33,15 @@ class RouterFacts:
     another release they would be misread, and clients told that they are wrong."""
     constraints: str | None = None
     """The front's (`workers.constraints`)."""
+    message_bytes_max: int = MESSAGE_BYTES_MAX
+    """The largest message that it sends or takes."""
 
 
 def refusal(router: RouterFacts, worker: WorkerHello) -> str | None:
     """Why this router can't use that worker, naming both sides; None when it can."""
+    if router_doubts := hello_doubt(worker):
+        who = worker.worker_id[:NAME_MAX]
+        return f"router {router.router_id} does not believe worker {who}: {router_doubts}"
     pairs = [
         ("protocol", PROTOCOL, worker.protocol),
         ("tokenizer digest", router.tokenizer_digest, worker.tokenizer_digest),
@@ -63,6 +69,12 @@ def refusal(router: RouterFacts, worker: WorkerHello) -> str | None:
         return (
             f"worker {worker.worker_id} serves at most {worker.max_model_len} tokens, router "
             f"{router.router_id} {router.max_model_len}: start both with the same --max-model-len"
+        )
+    if worker.message_bytes_max != router.message_bytes_max:
+        return (
+            f"worker {worker.worker_id} takes and sends messages of {worker.message_bytes_max} "
+            f"bytes, router {router.router_id} of {router.message_bytes_max}: start both with the "
+            "same --message-bytes-max"
         )
     return None
 

@@ -66,6 +66,18 @@ class RequestInvalid(RouterError):
         super().__init__(reason)
 
 
+class RequestTooLarge(RouterError):
+    """No worker takes a message as large as this request."""
+
+    status, code = 413, "request_too_large"
+
+    def __init__(self, *, bytes_: int, bytes_max: int) -> None:
+        super().__init__(
+            f"the request has {bytes_} bytes with its images and the like; workers take "
+            f"{bytes_max} (--message-bytes-max)"
+        )
+
+
 class TimedOut(RouterError):
     """The request made no progress for too long."""
 
@@ -131,3 +143,56 @@ class TenantOverRate(_Refused):
 
     def __init__(self, *, retry_s: float) -> None:
         super().__init__("this tenant is over its token rate", retry_s=retry_s)
+
+
+class PreparingFull(RouterError):
+    """As much waits to be rendered, tokenized or checked as may; nothing has been started."""
+
+    status, code, retryable, retry_after_s = 503, "preparing_full", True, 1
+
+    def __init__(self, *, waiting: int) -> None:
+        super().__init__(f"{waiting} prompts wait to be tokenized already; try again shortly")
+
+
+class GrammarTooSlow(RouterError):
+    """The request's grammar, schema or regular expression takes too long to be looked at."""
+
+    status, code = 400, "grammar_too_slow"
+
+    def __init__(self, *, seconds: float) -> None:
+        super().__init__(
+            f"structured_outputs: not compiled in {seconds:g} s (--grammar-s); send a simpler one"
+        )
+
+
+class KeyNotKnown(RouterError):
+    """The request has no key, or none that this router knows."""
+
+    status, code = 401, "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a valid API key is needed: Authorization: Bearer KEY, or x-api-key, or api-key"
+        )
+
+
+class AdminKeyNeeded(RouterError):
+    """The route tells of the router itself, and so of all tenants."""
+
+    status, code = 403, "admin_key_needed"
+
+    def __init__(self, *, configured: bool) -> None:
+        how = "it is not a client's" if configured else "set --admin-key-file, or --admin-port"
+        super().__init__(f"this route needs the admin key: {how}")
+
+
+class TenantNotAllowed(RouterError):
+    """A client names a tenant, and its key has one already."""
+
+    status, code = 403, "tenant_not_allowed"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "X-Tandem-Tenant: the key says whose the request is; the header needs the admin key "
+            "or --trust-tenant-header"
+        )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Final
 
+from workers.api import MESSAGE_BYTES_MAX
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -38,6 +40,8 @@ class Limits:
     """Most such second tries, as a share of requests; 0 for none."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """Of those tenants that have one; others have 1."""
+    message_bytes: int = MESSAGE_BYTES_MAX
+    """Of one request, as workers get it: what is larger is refused, for they would not take it."""
 
 
 class Buckets:

@@ -13,6 +13,7 @@ import zmq
 
 from workers.api import (
     MALFORMED,
+    MESSAGE_BYTES_MAX,
     PROTOCOL,
     Batch,
     Delta,
@@ -64,6 +65,7 @@ class Line:
         self.address = address
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
         self.socket.connect(address)
         self.batches: list[tuple[float, Batch]] = []
         self.hello: WorkerHello

@@ -147,7 +147,8 @@ class Sweeper:
             found = ticket or delta.ticket
             due = delta.last_step or delta.finish is Finish.PREFILLED
             if call is first and due and found is not None and not asked:
-                asked.append(self._ask(decode, prompt, 4, found)[0])
+                # Both halves of a handoff must be told the same about the relayed token.
+                asked.append(self._ask(decode, prompt, 4, found, relay=ticket is not None)[0])
 
         self._probe.wait([first], told)
         if not asked:
@@ -189,13 +190,20 @@ class Sweeper:
     # ------------------------------------------------------------ asking
 
     def _ask(
-        self, line: Line, prompt: list[int], outputs: int, ticket: bytes | None = None
+        self,
+        line: Line,
+        prompt: list[int],
+        outputs: int,
+        ticket: bytes | None = None,
+        *,
+        relay: bool = False,
     ) -> tuple[Call, bytes | None]:
         """And the ticket, where the router makes it. `ticket`: of the handoff that it ends."""
         name, phase = self._probe.name(), Phase.BOTH if ticket is None else Phase.DECODE
         if line.hello.role is Role.PREFILL:
             phase, ticket = Phase.PREFILL, make_ticket(line.hello, name)
-        relay = phase is Phase.PREFILL and ticket is not None and outputs > 1
+            # With a relayed token a prefill worker computes the whole prompt, else all but one.
+            relay = ticket is not None
         generate = Generate(
             name, phase, prompt, outputs, self._params(outputs), ticket, relay=relay
         )

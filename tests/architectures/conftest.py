@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.architectures.forks import Zygote
 from tests.architectures.runs import Bench, Run, results
+from tests.forks import Zygote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

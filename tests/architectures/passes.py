@@ -15,7 +15,7 @@ from tests.asking import await_free
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from tests.architectures.forks import ForkedGroup
+    from tests.forks import ForkedGroup
 
 ANSWER_S = 120.0
 FREE_S = 60.0

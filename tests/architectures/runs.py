@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.local.parts import PartDied
 from tests.architectures.compare import Answer, Judged, Truth, Verdict, judge
-from tests.architectures.forks import ForkedGroup
 from tests.architectures.passes import CACHED, KILLED, ONE_BY_ONE, SALTED, Passes, run_passes
 from tests.architectures.prompts import LENGTH_MAX, PROMPTS
-from tests.architectures.zygote import Start
 from tests.asking import EVERYTHING
+from tests.forks import ForkedGroup
+from tests.zygote import Start
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.architectures.families import Family
-    from tests.architectures.forks import Forked, Zygote
+    from tests.forks import Forked, Zygote
 
 ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(LENGTH_MAX)]
 WORKER = ["--num-gpu-blocks-override", "1024", "--kv-answer-s", "20", "--kv-read-s", "40"]
@@ -28,7 +28,7 @@ PREFILL = ["--max-num-batched-tokens", "256"]
 """Long prompts are computed, and handed over, in chunks."""
 ROUTER = ["--disaggregate", "always", "--enable-prompt-tokens-details"]
 ROUNDS = 50 if EVERYTHING else 3
-MODEL_S, REFERENCE_S = 120.0, 300.0
+MODEL_S, REFERENCE_S = 300.0, 600.0
 BEFORE = (ONE_BY_ONE, CACHED, SALTED)
 """Passes in which nothing fails, so that every prompt is computed once."""
 

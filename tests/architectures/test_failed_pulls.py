@@ -11,8 +11,8 @@ from tests.architectures.families import FAMILIES
 from tests.architectures.passes import CACHED, ONE_BY_ONE, SALTED
 from tests.architectures.prompts import PROMPTS
 from tests.architectures.runs import VARIANTS
-from tests.architectures.zygote import PLANTED
 from tests.asking import EVERYTHING
+from tests.zygote import PLANTED
 
 if TYPE_CHECKING:
     from tests.architectures.runs import Bench, Run

@@ -29,7 +29,7 @@ def variants(family: Family) -> tuple[Variant, ...]:
 def marks(family: Family) -> list[pytest.MarkDecorator]:
     needed = family.needs
     missing = needed is not None and find_spec(needed) is None
-    reason = f"vLLM needs {needed} for it, which the environment has not"
+    reason = f"it needs {needed}, which the environment has not"
     return [pytest.mark.skipif(missing, reason=reason)]
 
 

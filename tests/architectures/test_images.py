@@ -10,10 +10,10 @@ import pytest
 
 from tests.architectures.compare import judge
 from tests.architectures.families import FAMILIES
-from tests.architectures.forks import ForkedAggregated
 from tests.architectures.images import QUESTIONS, answer, chat, truth
 from tests.architectures.runs import ENGINE, VARIANTS, twice
 from tests.asking import EVERYTHING
+from tests.forks import ForkedAggregated
 
 if TYPE_CHECKING:
     from tests.architectures.compare import Answer, Truth

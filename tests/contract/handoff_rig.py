@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from tests.contract.transport_rig import Remote
 from tests.contract.watched import Watched
 
 if TYPE_CHECKING:
+    from kvtransfer.curve import Pair
     from kvtransfer.transports.api import Offer, Transport
 
 TIMES = Timeouts(answer_s=1.0, read_s=2.0, beat_s=0.2)
@@ -65,6 +67,7 @@ class Sends:
     port: int = 0
     content: str = "numpy"
     model: str = "model"
+    keys: Pair | None = None
 
 
 class Prefill:
@@ -81,13 +84,28 @@ class Prefill:
             self._offers += [offer for _, offer in offers]
             regions.append([Region(n, o.description, cut.blocks) for n, o in offers])
         offered = Offered(cut.layout(sends.content), sends.mode.value, regions)
-        self._sender = Sender("127.0.0.1", sends.epoch, sends.lease_s, offered, sends.port)
+        self._sender = Sender(
+            "127.0.0.1", sends.epoch, sends.lease_s, offered, sends.port, keys=sends.keys
+        )
         self._free = random.Random(5).sample(range(1, cut.blocks), cut.blocks - 1)
         self._produced: dict[str, _Produced] = {}
         self._ended: list[str] = []
 
     def address(self) -> tuple[str, str]:
         return self._sender.endpoint, self._sends.epoch
+
+    def refused(self) -> int:
+        """Peers without the group's keys."""
+        return self._sender.refused_total
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def dead(self) -> str | None:
+        return self._sender.dead
+
+    def malformed(self) -> int:
+        return self._sender.malformed_total
 
     def arrive(self, prompt: Prompt) -> bool:
         links = chain(prompt.token_ids, self._sends.cut.block_tokens, salt=None, lora=None)
@@ -206,6 +224,7 @@ class Receives:
     timeouts: Timeouts = TIMES
     in_flight_bytes_max: int = 256 << 20
     content: str = "numpy"
+    keys: Pair | None = None
 
 
 @dataclass(frozen=True)
@@ -227,7 +246,7 @@ class Decode:
             for t in ([transport] if transport else [_transport(n) for n in receives.transports])
         ]
         layout = cut.layout(receives.content)
-        mine = Mine(self._kv.memory, layout, receives.rank, self.watched)
+        mine = Mine(self._kv.memory, layout, receives.rank, self.watched, receives.keys)
         self._receiver = Receiver(mine, receives.timeouts, receives.in_flight_bytes_max)
         self._known = self._kv.array.copy()
         self._free = random.Random(6).sample(range(1, cut.blocks), cut.blocks - 1)
@@ -262,6 +281,9 @@ class Decode:
     def seconds(self, request_id: str) -> tuple[Outcome, float]:
         began = time.monotonic()
         return self.outcome(request_id), time.monotonic() - began
+
+    def dead(self) -> str | None:
+        return self._receiver.dead
 
     def running(self) -> int:
         self._take(self._receiver.ended())

@@ -147,6 +147,7 @@ def _vllm() -> Iterator[Driver]:
     args = argparse.Namespace(
         model=resolve_model(MODEL), role="mixed", host="127.0.0.1", lease_s=5,
         kv_connector="tandem", kv_transports="tcp", kv_checksums="off", kv_answer_s=5, kv_read_s=5,
+        curve_secret_file="",
     )  # fmt: skip
     identity = Identity("w", "epoch", Role.MIXED, args.model, "m", "t", 5.0)
     config = vllm_config(

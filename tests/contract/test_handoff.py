@@ -210,7 +210,7 @@ def test_one_receiver_pulls_a_handle_once_at_a_time(world: World) -> None:
     prompt = Prompt("h", tokens=40)
     receiver.ask("follow", prompt, sender.ask("address"))
     receiver.ask("follow", prompt, sender.ask("address"), "again")
-    assert "is being pulled" in receiver.ask("outcome", "again").pulled.error
+    assert "is being pulled already" in receiver.ask("outcome", "again").pulled.error
     sender.ask("send", prompt)
     well(receiver.ask("outcome", "h"))
 

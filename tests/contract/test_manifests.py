@@ -168,7 +168,7 @@ def test_every_flag_and_variable_is_one_of_its_process(group: list[Object]) -> N
             assert settings.host == "10.1.2.3"
             assert settings.curve_routers_file
         if isinstance(settings, RouterSettings):
-            assert {"http": settings.port} == pod.ports
+            assert {"http": settings.port, "admin": settings.admin_port} == pod.ports
             assert settings.host == "0.0.0.0"
             assert settings.curve_workers_file
         checked += command != "controller"
@@ -356,13 +356,11 @@ def test_scrapes_find_their_ports(group: list[Object]) -> None:
     for monitor in of_kind(group, "PodMonitor"):
         (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
         chosen = [p for p in serving(group) if selects(monitor["spec"]["selector"], p.labels)]
-        assert {p.role for p in chosen} == {"prefill", "decode"}
+        roles = {p.role for p in chosen}
+        assert roles in ({"router"}, {"prefill", "decode"})
+        assert endpoint["port"] == ("admin" if roles == {"router"} else "http")
         assert all(endpoint["port"] in p.ports for p in chosen)
-    for monitor in of_kind(group, "ServiceMonitor"):
-        (endpoint,) = monitor["spec"]["endpoints"]
-        (service,) = [s for s in of_kind(group, "Service")
-                      if selects(monitor["spec"]["selector"], s["metadata"]["labels"])]  # fmt: skip
-        assert endpoint["port"] in {p["name"] for p in service["spec"]["ports"]}
+    assert of_kind(group, "ServiceMonitor") == [], "clients' services have no port for it"
 
 
 # ------------------------------------------------------------ who may speak to whom
@@ -421,7 +419,7 @@ def test_each_speaks_to_those_that_it_has_business_with(group: list[Object]) -> 
     )
     wanted: dict[tuple[str, str], set[tuple[int, int]]] = {
         (clients, "router"): {port["router", "http"]},
-        (prometheus, "router"): {port["router", "http"]},
+        (prometheus, "router"): {port["router", "admin"]},
         **{("router", w): {port[w, "tokens"]} for w in workers},
         **{(prometheus, w): {port[w, "http"]} for w in workers},
         **{(a, b): handoff for a in workers for b in workers},
@@ -430,7 +428,7 @@ def test_each_speaks_to_those_that_it_has_business_with(group: list[Object]) -> 
     if ("controller", "http") in port:
         roles.append("controller")
         wanted[prometheus, "controller"] = {port["controller", "http"]}
-        wanted["controller", "router"] = {port["router", "http"]}
+        wanted["controller", "router"] = {port["router", "admin"]}
         wanted |= {("controller", w): {port[w, "http"]} for w in workers}
     found = {
         (a, b): set(ports)

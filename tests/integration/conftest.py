@@ -11,6 +11,7 @@ from deploy.local.aggregated import Aggregated
 from deploy.local.group import LocalGroup
 from deploy.local.models import prepare
 from tests.asking import ANSWER_S, LEASE_S, MODEL, READ_S, OneEngine
+from tests.forks import ForkedGroup, Zygote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,6 +80,13 @@ def aggregated(starting: Aggregated) -> str:
     return starting.url
 
 
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """It forks all groups after the first, which shows that a real start works."""
+    with Zygote(tmp_path_factory.mktemp("zygote")) as running:
+        yield running
+
+
 @pytest.fixture(scope="session", params=["ucx", "tcp", "collective"])
 def over(request: pytest.FixtureRequest) -> Iterator[tuple[str, LocalGroup]]:
     """A group for each transport, and its name. `ucx` is what `group` picks by itself."""
@@ -86,8 +94,8 @@ def over(request: pytest.FixtureRequest) -> Iterator[tuple[str, LocalGroup]]:
     if name == "ucx":
         yield name, request.getfixturevalue("group")
         return
-    flags = [*FLAGS, *OURS, "--kv-transports", name]
-    with LocalGroup(MODEL, flags=flags, router_flags=APART) as running:
+    flags, zygote = [*FLAGS, *OURS, "--kv-transports", name], request.getfixturevalue("zygote")
+    with ForkedGroup(zygote, MODEL, flags=flags, router_flags=APART) as running:
         yield name, running
 
 

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from deploy.local.group import LocalGroup
 from tests.asking import MODEL, OneEngine
+from tests.forks import ForkedGroup
 from tests.integration.conftest import FLAGS, OURS
 from tests.integration.test_equivalence import Answers, body_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from deploy.local.group import LocalGroup
+    from tests.forks import Zygote
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
@@ -21,9 +24,9 @@ LENGTHS = [3, 257, 300, 600, 700, 1025]
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[LocalGroup]:
+def alone(zygote: Zygote) -> Iterator[LocalGroup]:
     """A decode worker that computes its prompts itself."""
-    with LocalGroup(MODEL, prefill=0, flags=[*FLAGS, *OURS]) as running:
+    with ForkedGroup(zygote, MODEL, prefill=0, flags=[*FLAGS, *OURS]) as running:
         yield running
 
 

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from deploy.local.aggregated import Aggregated
-from deploy.local.group import LocalGroup
 from tests.asking import await_free
+from tests.forks import ForkedAggregated, ForkedGroup
 from tests.integration.picture_model import PLACEHOLDER, make, picture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from deploy.local.group import LocalGroup
+    from tests.forks import Zygote
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
@@ -106,21 +108,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path) -> list[Answer]:
+def expected(model: Path, zygote: Zygote) -> list[Answer]:
     """Answers of plain vLLM, which has ended before the group begins: memory is short."""
-    with Aggregated(str(model), served_as=NAME, flags=FLAGS) as one:
+    with ForkedAggregated(zygote, str(model), served_as=NAME, flags=FLAGS) as one:
         one.await_ready()
         return [ask(one.url, body_of(number, SEEDS)) for number in range(len(CHATS))]
 
 
 @pytest.fixture(scope="module")
-def pictures(model: Path, expected: list[Answer]) -> Iterator[LocalGroup]:
+def pictures(model: Path, expected: list[Answer], zygote: Zygote) -> Iterator[LocalGroup]:
     """A router with two prefill workers and one that decodes."""
     served = ["--served-model-name", NAME]
     with contextlib.ExitStack() as stack:
         yield stack.enter_context(
-            LocalGroup(
-                str(model), prefill=2, flags=FLAGS, router_flags=[*ROUTER_FLAGS, *served],
+            ForkedGroup(
+                zygote, str(model), prefill=2, flags=FLAGS, router_flags=[*ROUTER_FLAGS, *served],
                 # An image in several steps, and so announced and read in several parts.
                 role_flags={"prefill": ["--max-num-batched-tokens", "128"]},
             )

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from deploy.local.group import LocalGroup
 from tests.asking import EVERYTHING, MODEL, OneEngine, await_free
+from tests.forks import ForkedGroup
 from tests.integration.conftest import APART, FLAGS, OURS
 from tests.integration.test_equivalence import Answers, body_of, of_length
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from deploy.local.group import LocalGroup
+    from tests.forks import Zygote
 
 pytestmark = [
     pytest.mark.real,
@@ -38,11 +41,11 @@ LAYOUTS = DIVIDE | DO_NOT_DIVIDE
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
-def unlike(request: pytest.FixtureRequest) -> Iterator[tuple[str, LocalGroup]]:
+def unlike(request: pytest.FixtureRequest, zygote: Zygote) -> Iterator[tuple[str, LocalGroup]]:
     # Ranks take turns on two cores: nobody's patience may be that of one engine a core.
     patience = ["--kv-answer-s", "20", "--kv-read-s", "30"]
     roles, flags = LAYOUTS[request.param], [*FLAGS, *OURS, *patience]
-    with LocalGroup(MODEL, flags=flags, role_flags=roles, router_flags=APART) as running:
+    with ForkedGroup(zygote, MODEL, flags=flags, role_flags=roles, router_flags=APART) as running:
         yield request.param, running
 
 

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from deploy.local.aggregated import Aggregated
-from deploy.local.group import LocalGroup
 from deploy.local.models import prepare
 from tests.asking import MODEL
+from tests.forks import ForkedAggregated, ForkedGroup
 from tests.integration.conftest import APART, FLAGS, OURS, WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from tests.forks import Zygote
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
@@ -68,12 +69,12 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(thinker: Path) -> Iterator[tuple[str, str]]:
+def both(thinker: Path, zygote: Zygote) -> Iterator[tuple[str, str]]:
     """The group's address and one engine's, with the same flags."""
     model = str(thinker)
     with (
-        Aggregated(model, served_as=model, flags=[*FLAGS, *WHOLE, *ONE_PLACE]) as one,
-        LocalGroup(model, flags=[*FLAGS, *OURS, *ONE_PLACE], router_flags=APART) as group,
+        ForkedAggregated(zygote, model, flags=[*FLAGS, *WHOLE, *ONE_PLACE]) as one,
+        ForkedGroup(zygote, model, flags=[*FLAGS, *OURS, *ONE_PLACE], router_flags=APART) as group,
     ):
         one.await_ready()
         yield group.url, one.url

@@ -125,7 +125,7 @@ def test_a_request_of_better_priority_is_prefilled_before_worse_ones_that_wait(
         for number in range(4):
             queue.send(f"worse-{number}", tokens=1000, priority=10)
         queue.send("as-bad", tokens=100, priority=10)
-        queue.send("better", tokens=100, priority=-10)
+        queue.send("better", tokens=100, priority=0)
         order = queue.order()
     # A step computes 2,048 tokens: two prompts, and the third begun, may have gone before.
     assert order.index("better") <= 3, order

@@ -75,6 +75,10 @@ class FrailEngine:
     def load(self) -> Load:
         return self._engine.load()
 
+    @property
+    def dead(self) -> str | None:
+        return None
+
     def cache_changes(self) -> list[CacheChange]:
         return self._engine.cache_changes()
 

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zmq.utils import z85
 
+from kvtransfer.curve import verdict
 from router.ask import Ask
 from router.core.compat import RouterFacts
 from router.dispatch import Dispatch
 from router.link import Curve, Links
 from tests.unit.test_worker_channel import FAST, WAIT_S, generate, place, run, until
 from workers.api import SILENCE_S, Finish
-from workers.gate import verdict
 from workers.keys import WorkerKeys
 
 if TYPE_CHECKING:

@@ -45,6 +45,20 @@ def test_both_workers_are_asked_at_once_and_get_the_same_ticket() -> None:
     assert asked["p"].relay
 
 
+def test_handles_are_long_random_and_no_two_are_equal() -> None:
+    f = pair()
+    for number in range(20):
+        f.dispatch.submit(Ask(f"r{number}", [1, 2], 4, relay=True))
+    tickets = [decode_ticket(m.ticket or b"") for w, m in generates(f) if w == "p"]
+    handles = {t.handle for t in tickets}
+    assert len(handles) == len(tickets) > 1
+    for request, handle in enumerate(handles):
+        assert len(bytes.fromhex(handle)) * 8 >= 128
+        assert f"r{request}" not in handle
+    shown = repr([msgspec.to_builtins(r) for r in f.dispatch.journal.find("r0")])
+    assert not [h for h in handles if h in shown]
+
+
 def test_with_reservation_at_the_end_decode_is_asked_when_the_prefill_is_done() -> None:
     f = pair(Reserve.AT_PREFILL_DONE)
     f.dispatch.submit(Ask("r", [1, 2], 4))

@@ -9,10 +9,8 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from starlette.datastructures import Headers
 
 from router.ask import Ask
-from router.asker import Asker, HeaderBad, read_asker
 from router.core.admission import PATIENCE_S
 from router.core.errors import ObjectiveOutOfReach, Overloaded, QueueFull, TenantOverRate
 from router.core.limits import Limits
@@ -279,16 +277,3 @@ def test_whatever_comes_and_goes_budgets_return_to_zero_and_none_waits_past_the_
     for name in list(f.dispatch._live):
         f.end(name)
     assert rests(f)
-
-
-def test_headers_say_whose_a_request_is() -> None:
-    assert read_asker(Headers({})) == Asker()
-    assert read_asker(Headers({"X-Tandem-Tenant": "a", "X-Tandem-TTFT-S": "1.5"})) == Asker(
-        "a", 1.5
-    )
-    by_key = read_asker(Headers({"Authorization": "Bearer secret"})).tenant
-    assert by_key.startswith("key-")
-    assert "secret" not in by_key
-    for bad in ({"X-Tandem-TTFT-S": "soon"}, {"X-Tandem-TTFT-S": "-1"}, {"X-Tandem-Tenant": ""}):
-        with pytest.raises(HeaderBad):
-            read_asker(Headers(bad))

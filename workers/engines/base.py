@@ -87,6 +87,10 @@ class Engine(Protocol):
     def load(self) -> Load:
         """As of the last step."""
 
+    @property
+    def dead(self) -> str | None:
+        """Why a part of it serves nobody any more, such as its handoff; None while all is well."""
+
     def cache_changes(self) -> list[CacheChange]:
         """Of the prefix cache since the last call, in order."""
 

@@ -73,6 +73,10 @@ class SimEngine:
     def load(self) -> Load:
         return self._model.load(self._now())
 
+    @property
+    def dead(self) -> str | None:
+        return None
+
     def cache_changes(self) -> list[CacheChange]:
         return self._model.cache_changes()
 

@@ -14,6 +14,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvtransfer.refusal import Causes, one_line
 from kvtransfer.releases import ReleaseClient
+from kvtransfer.vllm_keys import keys_of
 from workers.api import Delta, Finish, Item, Load, Phase, Step
 from workers.constraints import constraints
 from workers.engines.base import Cleared, EngineDead, EngineFacts, Removed, Stored
@@ -49,7 +50,9 @@ class VllmEngine:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self._config = vllm_config
         self._commands: asyncio.Queue[Generate | list[str]] = asyncio.Queue()
-        self._releases = ReleaseClient()
+        transfer = vllm_config.kv_transfer_config
+        extra = transfer.get_from_extra_config if transfer else lambda _, otherwise: otherwise
+        self._releases = ReleaseClient(keys_of(extra))
         self._live: dict[str, Generate] = {}
         self._uncomputed: dict[str, int] = {}
         """Prompt tokens of requests that have not answered yet."""
@@ -172,6 +175,11 @@ class VllmEngine:
     def release(self, tickets: Iterable[bytes]) -> None:
         for ticket in tickets:
             self._releases.release(ticket)
+
+    @property
+    def dead(self) -> str | None:
+        """Why no KV is handed off any more, by the engine's last step; None while it is."""
+        return self._connector.get("dead")
 
     def load(self) -> Load:
         stats, total = self._stats, self._blocks_total

@@ -113,6 +113,8 @@ def _transfer(args: argparse.Namespace, identity: Identity) -> KVTransferConfig:
         "transports": args.kv_transports,
         "answer_timeout_s": args.kv_answer_s,
         "read_timeout_s": args.kv_read_s,
+        # Its name and not its content: vLLM logs all of this.
+        "curve_secret_file": args.curve_secret_file,
     }
     return KVTransferConfig(
         kv_connector="TandemConnector",

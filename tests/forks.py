@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from deploy.local.aggregated import Aggregated
 from deploy.local.group import LocalGroup
 from deploy.local.parts import ENVIRONMENT, Part, end
-from tests.architectures.zygote import Start
+from tests.zygote import Start
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +81,7 @@ class Zygote:
         ours, theirs = socket.socketpair()
         with theirs, self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.architectures.zygote", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.zygote", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -155,9 +155,10 @@ class ForkedGroup(LocalGroup):
         return [p.name for p in self._parts if p.process and p.process.poll() is not None]
 
     def stop(self) -> None:
-        end([self.router] if self.router else [])
+        routers = [*self._more_routers, *([self.router] if self.router else [])]
+        end(routers)
         end(self.workers)
-        for part in self._parts:
+        for part in [*self.workers, *routers]:
             process = cast("Forked | None", part.process)
             if process is not None:
                 self.statuses[part.name] = process.poll()
@@ -170,8 +171,10 @@ class ForkedGroup(LocalGroup):
 class ForkedAggregated(Aggregated):
     """vLLM's own server from the zygote."""
 
-    def __init__(self, zygote: Zygote, model: str, *, flags: Sequence[str] = ()) -> None:
-        super().__init__(model, served_as=model, flags=flags)
+    def __init__(
+        self, zygote: Zygote, model: str, *, served_as: str = "", flags: Sequence[str] = ()
+    ) -> None:
+        super().__init__(model, served_as=served_as or model, flags=flags)
         part = self.part
         self.part = ForkedPart(
             part.name, part.command, part.log, ready_path=part.ready_path, http=part.http,
