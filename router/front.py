@@ -28,8 +28,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from router.asker import AccessRules, asker
 from router.core.access import ROUTES
 from router.core.conversation import name_for, roles_in, trouble
+from router.core.request_limits import OverLimit, check_request
 from router.engine import Broken
 from router.guard import GuardMiddleware, error_response
+from router.http_limits import BodyLimits
 from router.outcome import OutcomeMiddleware, refusal_response
 from router.plain import splice
 from workers.flags import config_apart, one_line
@@ -160,6 +162,8 @@ async def build_front(
     # `build_app` has built the stack already, with the handlers of then; the next request builds
     # it again.
     app.middleware_stack = None
+    app.add_middleware(BodyLimits, limits=engine.limits)
+    app.state.limits = engine.limits
     # The innermost: what it says has the headers that all others add.
     app.user_middleware.append(Middleware(OutcomeMiddleware, explain=_explain))
     app.dependency_overrides[validate_json_request] = _check_json
@@ -214,6 +218,10 @@ async def _check_json(request: Request) -> None:
     body = await request.json() if await request.body() else None
     if not isinstance(body, dict):
         return  # What pydantic says to that is clear.
+    try:
+        check_request(body, request.app.state.limits)
+    except OverLimit as over:
+        raise VLLMValidationError(str(over), parameter=over.field) from over
     if not isinstance(body.get("messages", []), list):
         raise VLLMValidationError("messages must be a list", parameter="messages")
     if not isinstance(body.get("structured_outputs"), dict | None):
