@@ -147,6 +147,7 @@ def mounted(*flags: str, docs: bool = False) -> FastAPI:
 
     args = front_args(str(Path(__file__).parent), list(flags))  # A name would be looked for.
     app: FastAPI = build_app(args, ("generate",), None)
+    app.middleware_stack = None  # As in `build_front`: it is built with the first request.
     unused: Any = None
     mount(app, View(unused, unused, unused), args, Surface(AccessRules(), docs))
     return app
