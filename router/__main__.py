@@ -49,6 +49,7 @@ from workers.flags import read_settings
 from workers.keys import KeyFileBad, read_public, read_secret
 from workers.logs import log_to_stderr
 from workers.models import ModelMissing, resolve_model
+from workers.signals import end_unheard
 
 if TYPE_CHECKING:
     import argparse
@@ -214,10 +215,10 @@ async def _serve(
     gc.freeze()
     server = LeavingServer(app, departure, settings.drain_s)
     app.state.server = server
-    _tell_addresses(settings, ways.listeners)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, server.leave, settings.notice_s)
     loop.add_signal_handler(signal.SIGINT, server.leave, 0.0)  # A person has no balancer.
+    _tell_addresses(settings, ways.listeners)
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(links.run()), tasks.create_task(loop_hold().run())]
         if ways.source is not None:
@@ -231,6 +232,7 @@ async def _serve(
         for task in running:
             task.cancel()
     engine.shutdown()
+    end_unheard(loop)
 
 
 def _count(dispatch: Dispatch) -> None:
