@@ -216,8 +216,7 @@ async def _serve(
     server = LeavingServer(app, departure, settings.drain_s)
     app.state.server = server
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, server.leave, settings.notice_s)
-    loop.add_signal_handler(signal.SIGINT, server.leave, 0.0)  # A person has no balancer.
+    _leave_when_told(loop, server, settings.notice_s)
     _tell_addresses(settings, ways.listeners)
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(links.run()), tasks.create_task(loop_hold().run())]
@@ -240,6 +239,13 @@ def _count(dispatch: Dispatch) -> None:
     QueueMetrics(dispatch)
     DemandMetrics(dispatch)
     HandoffMetrics(dispatch.handoffs.known)
+
+
+def _leave_when_told(
+    loop: asyncio.AbstractEventLoop, server: LeavingServer, notice_s: float
+) -> None:
+    loop.add_signal_handler(signal.SIGTERM, server.leave, notice_s)
+    loop.add_signal_handler(signal.SIGINT, server.leave, 0.0)  # A person has no balancer.
 
 
 def _tell_addresses(settings: RouterSettings, listeners: Listeners) -> None:
