@@ -138,6 +138,7 @@ async def _serve(
         message_bytes_max=settings.message_bytes_max, silence_s=silence_s,
     )  # fmt: skip
     worker.attach(channel)
+    metrics.watch(channel)
     drain = Drain(worker, settings.drain_s, time.monotonic)
     http = HttpSide(settings.host, settings.http_port, worker, metrics, drain)
     loop = asyncio.get_running_loop()
