@@ -125,6 +125,10 @@ bench-handoff: model  ## each KV transport beside memcpy, NIXL bare and two sock
 loadtest: model  ## chats for a minute against `tandem up`, with a report in reports/ (USERS, DURATION_S)
 	@$(BIN)/python -m loadtests.local --model $(MODEL) --users $(USERS) --duration-s $(DURATION_S)
 
+.PHONY: attack
+attack: model  ## every attack on a router and workers of this machine, beside streams: a table and reports/attack.json, under ten minutes (FLAGS="--only nested-frames", FLAGS=--list)
+	@$(BIN)/python -m loadtests.attack --json reports/attack.json $(FLAGS)
+
 .PHONY: check
 check: setup  ## ruff, formatting, mypy --strict, import arrows, hadolint, house rules
 	@BIN=$(BIN) .ci/check

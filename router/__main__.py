@@ -95,13 +95,11 @@ def main(argv: list[str]) -> int:
     if not any(f.startswith("--served-model-name") for f in flags):
         flags += ["--served-model-name", settings.model]
     front = front_args(model, flags)
-    rules = AccessRules(
-        Keys(take_keys(front), admin_key),
-        settings.trust_tenant_header,
-        admin_address=listeners.admin is not None,
-    )
-    ways = Ways(listeners, rules, curve, source)
     try:
+        keys = Keys(take_keys(front, tenants_named=settings.trust_tenant_header), admin_key)
+        at_admin = listeners.admin is not None
+        rules = AccessRules(keys, settings.trust_tenant_header, admin_address=at_admin)
+        ways = Ways(listeners, rules, curve, source)
         uvloop.run(_serve(settings, front, digests, ways))
     except Unserved as refusal:
         print(f"tandem router: {refusal}", file=sys.stderr)

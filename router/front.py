@@ -120,13 +120,19 @@ def _config(args: argparse.Namespace) -> VllmConfig:
     )
 
 
-def take_keys(args: argparse.Namespace) -> list[str]:
+def take_keys(args: argparse.Namespace, *, tenants_named: bool) -> list[str]:
     """The clients' keys, by vLLM's flag or variable, which vLLM itself is then not told of.
 
-    Its own check knows one header, and guards some paths only.
+    Its own check knows one header, and guards some paths only. `tenants_named`: clients may say by
+    a header whose their requests are. Raises `Unserved`.
     """
     keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     args.api_key = envs.VLLM_API_KEY = None
+    if envs.VLLM_ENABLE_RESPONSES_API_STORE and (len(keys) > 1 or tenants_named):
+        raise Unserved(
+            "VLLM_ENABLE_RESPONSES_API_STORE: the store knows no tenants, so each could read the "
+            "others' responses; leave it out, or have one key and no --trust-tenant-header"
+        )
     return keys
 
 
@@ -161,13 +167,18 @@ async def build_front(
     # The innermost: what it says has the headers that all others add.
     app.user_middleware.append(Middleware(OutcomeMiddleware, explain=_explain))
     app.dependency_overrides[validate_json_request] = _check_json
+    mount(app, view, args, surface)
+    if surface.docs:
+        app.openapi()  # It takes seconds, and is kept: no request shall wait for it.
+    return app
+
+
+def mount(app: FastAPI, view: View, args: argparse.Namespace, surface: Surface) -> None:
+    """Add our routes, and leave no other than those that a router serves."""
     _add_routes(app, view)
     app.router.routes[:] = [r for r in app.routes if _is_served(r, args, surface)]
     mounted = frozenset(getattr(route, "path", "") for route in app.routes)
     app.add_middleware(GuardMiddleware, rules=surface.rules, mounted=mounted)
-    if surface.docs:
-        app.openapi()  # It takes seconds, and is kept: no request shall wait for it.
-    return app
 
 
 def _is_served(route: BaseRoute, args: argparse.Namespace, surface: Surface) -> bool:

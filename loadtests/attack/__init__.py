@@ -1,0 +1,1 @@
+"""Attacks on a router and workers of this machine, and what they do to everybody else's streams."""
