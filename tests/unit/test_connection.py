@@ -250,11 +250,15 @@ def test_a_connection_that_says_nothing_is_closed_and_one_that_dawdles_is_told_w
 
 def test_a_connection_kept_without_a_request_is_closed_in_time() -> None:
     async def test() -> None:
-        async with served(replace(PATIENT, idle_s=SOON_S)) as (_, connect):
+        # uvicorn by itself waits for 5 s, and so for longer than for a silent connection here.
+        async with served(replace(PATIENT, idle_s=SOON_S, header_s=8 * SOON_S)) as (_, connect):
             client = await connect()
             client.send(GET)
             assert (await client.answer())[0] == 200
+            silent = asyncio.create_task((await connect()).ended())
             assert await client.ended()
+            assert not silent.done()
+            assert await silent
 
     run(test)
 
