@@ -345,6 +345,37 @@ def test_a_body_sent_ahead_is_not_late_while_it_has_to_wait() -> None:
     run(test)
 
 
+def test_a_client_that_sends_far_ahead_of_the_answers_is_reset() -> None:
+    async def test() -> None:
+        async with served(PATIENT) as (front, connect):
+            client = await connect()
+            client.send(GET * 16)
+            for _ in range(16):
+                assert (await client.answer())[0] == 200
+            front.hold.clear()
+            client.send(GET * 1_000)
+            assert await client.ended()
+            assert len(front.asked) == 17
+
+    run(test)
+
+
+def test_a_body_of_tiny_chunks_is_refused_and_one_of_small_ones_is_not() -> None:
+    async def test() -> None:
+        head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+        roomy = replace(PATIENT, body_bytes_max=1_000_000)
+        async with served(roomy) as (_, connect):
+            client = await connect()
+            client.send(head + b"1\r\na\r\n" * 4_000 + b"0\r\n\r\n")
+            assert await client.answer() == (200, b"4000")
+            client.send(head + b"20\r\n%s\r\n" % (b"a" * 32) * 10_000 + b"0\r\n\r\n")
+            assert await client.answer() == (200, b"320000")
+            client.send(head + b"1\r\na\r\n" * 20_000 + b"0\r\n\r\n")
+            assert (await client.code())[:2] == (400, "bad_http")
+
+    run(test)
+
+
 def test_what_is_no_http_and_what_wants_another_protocol_does_not_stay() -> None:
     async def test() -> None:
         async with served(PATIENT) as (_, connect):
