@@ -22,6 +22,8 @@ import zmq
 
 from controller.access import NoCluster
 from router.asker import AccessRules
+from router.bounds import connection_limits, request_limits
+from router.connection import ConnectionLimits, bounded
 from router.core.access import Keys
 from router.core.compat import RouterFacts
 from router.core.limits import Limits
@@ -29,6 +31,7 @@ from router.core.placement import EstimatePolicy
 from router.discover import follow, make_source
 from router.dispatch import Dispatch
 from router.guard import at_admin_address
+from router.heap import set_up_heap
 from router.journal import Journal
 from router.keys import read_admin_key
 from router.leaving import Departure, LeavingServer
@@ -83,6 +86,7 @@ def main(argv: list[str]) -> int:
         print(f"tandem router: {error}", file=sys.stderr)
         return 1
     _allow_files()
+    set_up_heap()
     # A bad flag should be told of in a moment: what takes seconds comes after.
     # vLLM's GPU build refuses to start where there is no GPU, and the router needs none.
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
@@ -91,13 +95,11 @@ def main(argv: list[str]) -> int:
     if not any(f.startswith("--served-model-name") for f in flags):
         flags += ["--served-model-name", settings.model]
     front = front_args(model, flags)
-    rules = AccessRules(
-        Keys(take_keys(front), admin_key),
-        settings.trust_tenant_header,
-        admin_address=listeners.admin is not None,
-    )
-    ways = Ways(listeners, rules, curve, source)
     try:
+        keys = Keys(take_keys(front, tenants_named=settings.trust_tenant_header), admin_key)
+        at_admin = listeners.admin is not None
+        rules = AccessRules(keys, settings.trust_tenant_header, admin_address=at_admin)
+        ways = Ways(listeners, rules, curve, source)
         uvloop.run(_serve(settings, front, digests, ways))
     except Unserved as refusal:
         print(f"tandem router: {refusal}", file=sys.stderr)
@@ -181,7 +183,7 @@ async def _serve(
     from router.front import VLLM_VERSION, Surface, View, build_front, front_config
 
     config = front_config(front)
-    engine = DisaggregatedEngine(config)
+    engine = DisaggregatedEngine(config, request_limits(settings))
     facts = RouterFacts(
         router_id=f"router-{socket.gethostname()}-{uuid.uuid4().hex[:8]}",
         model=settings.model,
@@ -212,7 +214,7 @@ async def _serve(
     # What is here now stays. Looked through again it would hold all streams up, for 280 ms.
     gc.collect()
     gc.freeze()
-    server = LeavingServer(app, departure, settings.drain_s)
+    server = LeavingServer(app, departure, settings.drain_s, connection_limits(settings))
     app.state.server = server
     _tell_addresses(settings, ways.listeners)
     loop = asyncio.get_running_loop()
@@ -223,7 +225,7 @@ async def _serve(
         if ways.source is not None:
             discovery = follow(ways.source, settings, links, loop.time)
             running.append(tasks.create_task(discovery.run()))
-        admin = _admin_server(app)
+        admin = _admin_server(app, connection_limits(settings))
         if ways.listeners.admin is not None:
             tasks.create_task(admin._serve([ways.listeners.admin]))
         await server._serve([ways.listeners.api])
@@ -251,11 +253,11 @@ def _tell_addresses(settings: RouterSettings, listeners: Listeners) -> None:
         )
 
 
-def _admin_server(app: ASGIApp) -> uvicorn.Server:
+def _admin_server(app: ASGIApp, limits: ConnectionLimits) -> uvicorn.Server:
     """The same application, whose life is the other server's to begin and to end."""
     config = uvicorn.Config(
         at_admin_address(app), lifespan="off", log_level="warning", access_log=False,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=1, http=bounded(limits), ws="none",
     )  # fmt: skip
     return uvicorn.Server(config)
 

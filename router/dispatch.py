@@ -16,6 +16,7 @@ from router.accounts import Accounts
 from router.ask import Ask, Reserve
 from router.core import effects
 from router.core import lifecycle as life
+from router.core.belief import Doubts, batch_doubt
 from router.core.caches import Caches, Foretold
 from router.core.errors import NoCapacity, NoWorkers, Overloaded
 from router.core.fleet import Fleet
@@ -24,7 +25,7 @@ from router.door import Door
 from router.handoff_watch import HandoffWatch
 from router.journal import Journal
 from router.live import Live, Step, generate, nobody_computed
-from workers.api import Abort, Batch, Delta, Finish, KvAsk, Phase, Release, make_ticket
+from workers.api import Abort, Batch, Delta, Finish, KvAsk, KvSnapshot, Phase, Release, make_ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from router.core.limits import Limits
     from router.core.placement import Placement, Policy, Prompt
     from router.sink import Sink
-    from workers.api import KvSnapshot, ToWorker, WorkerHello
+    from workers.api import ToWorker, WorkerHello
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Dispatch:
         ones by default."""
         self.fleet = Fleet()
         self.caches = Caches()
+        self.doubts = Doubts()
         self.accounts = Accounts(self.fleet)
         self.handoffs = HandoffWatch(self.fleet)
         self.door = Door(self.fleet, limits)
@@ -143,6 +145,22 @@ class Dispatch:
         """A part of what a worker's prefix cache holds."""
         if self.caches.snapshot(worker_id, news, self._clock()):
             self._send(worker_id, KvAsk())
+
+    def doubt(self, worker_id: str, message: Batch | KvSnapshot) -> str | None:
+        """Why this worker can't have said that. Ask before `on_batch` and `on_snapshot`: they act.
+
+        A batch must be believed as a whole: half of one that was acted upon would be half a stream.
+        """
+        reason = self.caches.doubt(worker_id, message)
+        if reason is not None or isinstance(message, KvSnapshot):
+            return reason
+        known = self._by_wire
+        left = {
+            d.request_id: live.tokens_left
+            for d in message.deltas
+            if (live := known.get(d.request_id)) is not None
+        }
+        return batch_doubt(message, left)
 
     def on_lost(self, worker_id: str, reason: str) -> None:
         """A worker is gone, and with it whatever it held."""

@@ -121,7 +121,7 @@ class Door:
         self._kept = None
         if first := queue.kept_for(now):
             able = [w for w in self._fleet if w.generates]
-            roomiest = max(able, key=lambda w: (w.tokens_left, w.id), default=None)
+            roomiest = max(able, key=_room, default=None)
             self._kept = (first.request_id, roomiest.id) if roomiest else None
         try:
             while len(passed) < PASSED_MAX and (entry := queue.next(passed, now)):
@@ -188,6 +188,10 @@ class Door:
 
     def _objective_s(self, ask: Ask) -> float:
         return self.limits.ttft_s if ask.ttft_s is None else ask.ttft_s
+
+
+def _room(w: WorkerView) -> tuple[bool, int, str]:
+    return w.sequences_left > 0, w.tokens_left, w.id
 
 
 def _uncached(prompt: Prompt) -> int:

@@ -6,6 +6,8 @@ import logging
 import time
 from contextlib import aclosing
 from copy import copy
+from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,9 +23,11 @@ from router.ask import Ask
 from router.asker import asker
 from router.core.access import salt_for
 from router.core.errors import RequestInvalid, RouterError
+from router.core.request_limits import RequestLimits
 from router.no_engine import NoEngine
 from router.outcome import Outcome, outcome
 from router.plain import PlainStreams
+from router.preparing import BoundedPool, GrammarCheck, Turns
 from workers.api import Delta, Finish
 from workers.vllm_codec import decode_extras, encode_contents, encode_request, items_of
 
@@ -70,8 +74,15 @@ class DisaggregatedEngine(NoEngine):
     stop strings, logprobs, n > 1) to the waiting `generate` of each request.
     """
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    def __init__(self, vllm_config: VllmConfig, limits: RequestLimits | None = None) -> None:
         super().__init__(vllm_config)
+        limits = limits or RequestLimits()
+        longest = self.model_config.max_model_len
+        self.limits = replace(limits, token_ids_max=max(longest, limits.token_ids_max))
+        self._turns = Turns()
+        self._grammars = GrammarCheck(limits.grammar_s, limits.preparing_max)
+        # Everything that renders or tokenizes is given to this executor.
+        self._pool = BoundedPool(self.renderer._executor, limits.preparing_max, _refusal)
         self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self.plain_streams = PlainStreams(self.renderer.tokenizer)
         self._dispatch: Dispatch | None = None
@@ -94,9 +105,7 @@ class DisaggregatedEngine(NoEngine):
         try:
             self.dispatch.check(asker.get().tenant)
         except RouterError as error:
-            refusal = Refusal(error)
-            (outcome.get() or Outcome()).error = refusal
-            raise refusal from error
+            raise _refusal(error) from error
 
     async def generate(
         self,
@@ -176,17 +185,21 @@ class DisaggregatedEngine(NoEngine):
         queue = RequestOutputCollector(params.output_kind, request.request_id)
         parent = ParentRequest(request) if params.n > 1 else None
         children = [request] if parent is None else _children(parent, request, params.n)
-        for index, child in enumerate(children):
-            self.output_processor.add_request(child, text, parent, index, queue)
         contents = encode_contents(request)  # All of them share it.
+        begun: list[str] = []
         try:
-            for child in children:
+            for index, child in enumerate(children):
+                if index:
+                    await self._turns.take()
+                begun.append(child.request_id)
+                self.output_processor.add_request(child, text, parent, index, queue)
                 self.dispatch.submit(_ask(child, contents))
-        except RouterError as error:
-            ids = [child.request_id for child in children]
-            self.output_processor.abort_requests(ids, internal=True)
-            self.dispatch.cancel(ids)
-            raise Refusal(error) from error
+        except BaseException as error:
+            self.output_processor.abort_requests(begun, internal=True)
+            self.dispatch.cancel(begun)
+            if isinstance(error, RouterError):
+                raise Refusal(error) from error
+            raise
         return children, queue
 
     async def _process(
@@ -204,8 +217,16 @@ class DisaggregatedEngine(NoEngine):
         kept = ("lora_request", "tokenization_kwargs", "priority", "session_id", "kv_hints")
         given = {key: options[key] for key in kept if options.get(key) is not None}
         given["supported_tasks"] = await self.get_supported_tasks()
+        await self._turns.take()
         if isinstance(prompt, dict) and "type" in prompt:
-            request = process(request_id, prompt, params, **given)
+            if _takes_long(params):
+                call = partial(process, request_id, prompt, params, **given)
+                try:
+                    request = await self._grammars.run(call)
+                except RouterError as error:
+                    raise Refusal(error) from error
+            else:
+                request = process(request_id, prompt, params, **given)
         else:  # A raw prompt is tokenized here, which must not hold the loop up.
             request = await self.input_processor.process_inputs_async(
                 request_id, prompt, params, **given
@@ -280,6 +301,13 @@ class DisaggregatedEngine(NoEngine):
         queue.put(_client_error(error))
 
 
+def _refusal(error: RouterError) -> Refusal:
+    """What the request has come to before anything was generated for it."""
+    refusal = Refusal(error)
+    (outcome.get() or Outcome()).error = refusal
+    return refusal
+
+
 def _refuse_what_is_ours(params: SamplingParams) -> None:
     """The second would have an engine tell of blocks again that it has told of."""
     for name in ("kv_transfer_params", "kv_cache_report_mode"):
@@ -287,6 +315,11 @@ def _refuse_what_is_ours(params: SamplingParams) -> None:
             raise VLLMValidationError(
                 f"{name} is set by the router, not by clients", parameter=name
             )
+
+
+def _takes_long(params: SamplingParams) -> bool:
+    """Whether checking them is more than looking at numbers: bad words are tokenized."""
+    return params.structured_outputs is not None or bool(params.bad_words)
 
 
 def _children(parent: ParentRequest, request: EngineCoreRequest, n: int) -> list[EngineCoreRequest]:

@@ -28,8 +28,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from router.asker import AccessRules, asker
 from router.core.access import ROUTES
 from router.core.conversation import name_for, roles_in, trouble
+from router.core.request_limits import OverLimit, check_request
 from router.engine import Broken
 from router.guard import GuardMiddleware, error_response
+from router.http_limits import BodyLimits
 from router.outcome import OutcomeMiddleware, refusal_response
 from router.plain import splice
 from workers.flags import config_apart, one_line
@@ -118,13 +120,19 @@ def _config(args: argparse.Namespace) -> VllmConfig:
     )
 
 
-def take_keys(args: argparse.Namespace) -> list[str]:
+def take_keys(args: argparse.Namespace, *, tenants_named: bool) -> list[str]:
     """The clients' keys, by vLLM's flag or variable, which vLLM itself is then not told of.
 
-    Its own check knows one header, and guards some paths only.
+    Its own check knows one header, and guards some paths only. `tenants_named`: clients may say by
+    a header whose their requests are. Raises `Unserved`.
     """
     keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     args.api_key = envs.VLLM_API_KEY = None
+    if envs.VLLM_ENABLE_RESPONSES_API_STORE and (len(keys) > 1 or tenants_named):
+        raise Unserved(
+            "VLLM_ENABLE_RESPONSES_API_STORE: the store knows no tenants, so each could read the "
+            "others' responses; leave it out, or have one key and no --trust-tenant-header"
+        )
     return keys
 
 
@@ -154,16 +162,23 @@ async def build_front(
     # `build_app` has built the stack already, with the handlers of then; the next request builds
     # it again.
     app.middleware_stack = None
+    app.add_middleware(BodyLimits, limits=engine.limits)
+    app.state.limits = engine.limits
     # The innermost: what it says has the headers that all others add.
     app.user_middleware.append(Middleware(OutcomeMiddleware, explain=_explain))
     app.dependency_overrides[validate_json_request] = _check_json
+    mount(app, view, args, surface)
+    if surface.docs:
+        app.openapi()  # It takes seconds, and is kept: no request shall wait for it.
+    return app
+
+
+def mount(app: FastAPI, view: View, args: argparse.Namespace, surface: Surface) -> None:
+    """Add our routes, and leave no other than those that a router serves."""
     _add_routes(app, view)
     app.router.routes[:] = [r for r in app.routes if _is_served(r, args, surface)]
     mounted = frozenset(getattr(route, "path", "") for route in app.routes)
     app.add_middleware(GuardMiddleware, rules=surface.rules, mounted=mounted)
-    if surface.docs:
-        app.openapi()  # It takes seconds, and is kept: no request shall wait for it.
-    return app
 
 
 def _is_served(route: BaseRoute, args: argparse.Namespace, surface: Surface) -> bool:
@@ -203,6 +218,10 @@ async def _check_json(request: Request) -> None:
     body = await request.json() if await request.body() else None
     if not isinstance(body, dict):
         return  # What pydantic says to that is clear.
+    try:
+        check_request(body, request.app.state.limits)
+    except OverLimit as over:
+        raise VLLMValidationError(str(over), parameter=over.field) from over
     if not isinstance(body.get("messages", []), list):
         raise VLLMValidationError("messages must be a list", parameter="messages")
     if not isinstance(body.get("structured_outputs"), dict | None):

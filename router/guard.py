@@ -5,6 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
+from prometheus_client import Counter
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 _AT_ADMIN: Final = "tandem.admin_address"
 _ON_BOTH: Final = "/tandem/"
+
+
+REFUSED: Final = Counter(
+    "tandem_router_access_refused_total", "Requests refused by their keys", ["error"]
+)
 
 
 class GuardMiddleware:
@@ -52,6 +58,7 @@ class GuardMiddleware:
         except HeaderBad as bad:
             return error_response(HTTPStatus.BAD_REQUEST, str(bad), param=bad.name)
         except RouterError as error:
+            REFUSED.labels(error.code).inc()
             return refusal_response(error, path)
         return None
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from router.connection import ConnectionLimits, bounded
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -41,11 +43,19 @@ class Departure:
 class LeavingServer(uvicorn.Server):
     """Serves until it is told to leave."""
 
-    def __init__(self, app: ASGIApp, departure: Departure, drain_s: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        departure: Departure,
+        drain_s: float,
+        limits: ConnectionLimits | None = None,
+    ) -> None:
         """`drain_s`: what streams when it takes no more requests may take so long to end."""
         super().__init__(
             uvicorn.Config(
                 departure.wrap(app),
+                http=bounded(limits or ConnectionLimits()),
+                ws="none",
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=ceil(drain_s),

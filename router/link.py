@@ -27,6 +27,7 @@ from workers.api import (
     decode_to_router,
     encode,
 )
+from workers.logs import LimitedLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -183,6 +184,9 @@ class Link:
         except MALFORMED as error:
             self._links.malformed(self.address, str(error))
             return
+        if reason := self._doubt(message):
+            self._put_aside(reason)
+            return
         if isinstance(message, Batch):
             message, *rest = parts(message)
             self._parts.extend(rest)
@@ -205,7 +209,8 @@ class Link:
                     self._refuse(reason)
 
     def _welcome(self, hello: WorkerHello) -> None:
-        if reason := refusal(self._links.facts, hello):
+        doubts, now = self._links.dispatch.doubts, self._loop.time()
+        if reason := refusal(self._links.facts, hello) or doubts.about(hello, now):
             self._refuse(reason)
             return
         if not self._links.claim(hello.worker_id, self):
@@ -216,6 +221,22 @@ class Link:
         self._links.dispatch.on_hello(hello)
         if self.resting:
             self.rest(True)
+
+    def _doubt(self, message: ToRouter) -> str | None:
+        if self.worker_id is None or not isinstance(message, Batch | KvSnapshot):
+            return None
+        return self._links.dispatch.doubt(self.worker_id, message)
+
+    def _put_aside(self, reason: str) -> None:
+        """What it says can't be true: its requests go elsewhere, and it is asked nothing."""
+        dispatch = self._links.dispatch
+        view = dispatch.fleet.get(self.worker_id or "")
+        if view is None:
+            return
+        reason = f"worker {view.id} is not believed: {reason}"
+        dispatch.doubts.put_aside(view.hello, reason, self._loop.time())
+        self._refuse(reason)
+        self.lost(reason)
 
     def _refuse(self, reason: str) -> None:
         if reason != self.refused:
@@ -274,6 +295,7 @@ class Links:
         self.facts = facts
         self.dispatch = dispatch
         self.malformed_total = 0
+        self._log = LimitedLog(log)
         self.turns = Turns()
         self._by_worker: dict[str, Link] = {}
         self._links: dict[str, Link] = {}
@@ -336,7 +358,7 @@ class Links:
 
     def malformed(self, address: str, error: str) -> None:
         self.malformed_total += 1
-        log.warning("malformed message", extra={"address": address, "error": error})
+        self._log.warning("malformed message", {"address": address, "error": error})
 
     async def run(self) -> None:
         """Beat until cancelled."""

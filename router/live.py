@@ -43,6 +43,11 @@ class Live:
     kv_tokens_counted: int = 0
     """Up to which the promise of blocks has been made good."""
 
+    @property
+    def tokens_left(self) -> int:
+        """The most that a worker may still say, a relayed first token that is repeated included."""
+        return max(0, self.ask.max_tokens - (self.output_tokens - self.ask.generated)) + 1
+
 
 @dataclass(slots=True)
 class Step:

@@ -121,6 +121,11 @@ class QueueMetrics:
             ),
         ):
             yield GaugeMetricFamily(name, text, value)
+        yield CounterMetricFamily(
+            "tandem_router_workers_doubted_total",
+            "Workers put aside for what they said",
+            self._dispatch.doubts.total,
+        )
         refused = CounterMetricFamily(
             "tandem_router_refused_total", "Requests refused before any work", labels=["error"]
         )

@@ -57,6 +57,7 @@ def _shares(value: Any) -> Any:
     return shares
 
 
+Count = Annotated[int, Field(gt=0)]
 Shares = Annotated[Mapping[str, float], NoDecode, BeforeValidator(_shares)]
 
 
@@ -127,6 +128,33 @@ class RouterSettings(BaseSettings):
     tenant_shares: Shares | None = Field(
         None, description="of the queue, name=share with commas between; others 1"
     )
+    body_bytes_max: Count = Field(4 * 1024 * 1024, description="most bytes of a request's body")
+    bodies_bytes_max: Count = Field(
+        256 * 1024 * 1024, description="most bytes of the bodies of all requests under way"
+    )
+    body_s: Seconds = Field(30, description="longest that a body may take to come in")
+    header_bytes_max: Count = Field(32_768, description="most bytes of a request's headers")
+    headers_max: Count = Field(100, description="most headers of a request")
+    header_s: Seconds = Field(10, description="longest that they may take to come in")
+    connections_max: Count = Field(4_096, description="most connections of clients at once")
+    idle_s: Seconds = Field(75, description="how long a connection is kept without a request")
+    unread_s: Seconds = Field(30, description="longest that a client may leave answers unread")
+    json_depth_max: Count = Field(64, description="deepest nesting of a body")
+    json_values_max: Count = Field(30_000, description="most values in a body, but token ids")
+    token_ids_max: Count = Field(131_072, description="most token ids in a body")
+    text_chars_max: Count = Field(1_000_000, description="most characters of text in a body")
+    prompts_max: Count = Field(128, description="most prompts, or conversations, in a request")
+    sequences_max: Count = Field(128, description="most sequences of a request: prompts times n")
+    messages_max: Count = Field(2_000, description="most messages in a request")
+    stops_max: Count = Field(32, description="most stop strings of a request")
+    stop_chars_max: Count = Field(256, description="longest stop string, or bad word")
+    bad_words_max: Count = Field(256, description="most bad words of a request")
+    logit_bias_max: Count = Field(
+        1_024, description="most entries of logit_bias, and of lists of token ids like it"
+    )
+    grammar_bytes_max: Count = Field(65_536, description="largest grammar, schema or expression")
+    grammar_s: Seconds = Field(5, description="longest that one may take to be checked")
+    preparing_max: Count = Field(1_024, description="most prompts that wait to be tokenized")
     message_bytes_max: MessageBytes = Field(
         MESSAGE_BYTES_MAX, description="largest message of the token channel; as the workers'"
     )

@@ -68,8 +68,12 @@ class Zmtp:
         host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
         self._socket = socket.create_connection((host, int(port)), timeout=20)
         greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + mechanism.ljust(20, b"\0") + bytes(32)
-        self._socket.sendall(greeting)
-        self._heard(64)
+        try:
+            self._socket.sendall(greeting)
+            self._heard(64)
+        except (AssertionError, OSError):
+            self._socket.close()
+            raise
 
     def ready(self) -> None:
         """Without keys: the handshake's only message, and its answer."""

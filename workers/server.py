@@ -190,6 +190,7 @@ class Worker:
             tells_cache=facts.tells_cache, step_tokens=facts.step_tokens,
             constraints=facts.constraints, dp_rank=facts.dp_rank, dp_size=facts.dp_size,
             message_bytes_max=me.message_bytes_max,
+            max_num_seqs=facts.max_num_seqs,
         )  # fmt: skip
 
     # ------------------------------------------------------------ from routers

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Container, Mapping
 
 QUANTUM_TOKENS: Final = 8192
-"""Tenants so close to each other in what they had of their shares compete by deadline."""
+"""Tenants so close to each other in what they had of their shares compete by deadline, at most."""
+QUANTUM_S: Final = 0.5
+"""And no further apart than the queue moves in so long: on a small fleet 8,192 tokens are a long
+time, in which a tenant with one request would wait for another's flood."""
 PATIENCE_S: Final = 2.0
 """Whose turn it has been for so long, without room for it anywhere, has the next room kept."""
 DRAIN_S: Final = 20.0
@@ -135,7 +138,8 @@ class Queue:
                 if (entry := next((e for e in entries if e.request_id not in passed), None))
             ]
             if heads:
-                level = min(self._clocks[e.tenant] for e in heads) + QUANTUM_TOKENS
+                quantum = min(QUANTUM_TOKENS, QUANTUM_S * self._drain.tokens_per_s(now))
+                level = min(self._clocks[e.tenant] for e in heads) + quantum
                 return min(
                     (e for e in heads if self._clocks[e.tenant] <= level),
                     key=lambda e: (e.deadline_at, self._clocks[e.tenant], e),
@@ -187,10 +191,13 @@ class _Drain:
 
     def seconds(self, tokens: int, now: float) -> float:
         """For so many; 0 until something is known."""
+        pace = self.tokens_per_s(now)
+        return tokens / pace if pace else 0.0
+
+    def tokens_per_s(self, now: float) -> float:
+        """0 until something is known."""
         self._pass(now)
-        if self._busy_s <= 0 or self._tokens <= 0:
-            return 0.0
-        return tokens * self._busy_s / self._tokens
+        return self._tokens / self._busy_s if self._busy_s > 0 else 0.0
 
     def _pass(self, now: float) -> None:
         if self._since is not None:

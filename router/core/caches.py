@@ -6,14 +6,16 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from router.core.belief import events_doubt, view_doubt
 from router.core.blocks import links
 from router.core.cache_view import CacheView
 from router.core.prefix_index import PrefixIndex
+from workers.api import KvSnapshot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from workers.api import Item, KvEvent, KvSnapshot, WorkerHello
+    from workers.api import Batch, Item, KvEvent, WorkerHello
 
 ASK_INTERVAL_S: Final = 5.0
 """At least, between two questions for all that one cache holds."""
@@ -162,6 +164,16 @@ class Caches:
         cache.judged.clear()
         cache.view.forget()
         return self._again(cache, now)
+
+    def doubt(self, worker_id: str, message: Batch | KvSnapshot) -> str | None:
+        """Why what this worker says of its cache can't be true; None when it may be."""
+        events = message.events if isinstance(message, KvSnapshot) else message.kv
+        cache = self._caches.get(worker_id)
+        if cache is None or not events:
+            return None
+        anew = isinstance(message, KvSnapshot) and message.part == 0
+        held = 0 if anew else len(cache.view)
+        return events_doubt(events) or view_doubt(held, events, cache.blocks_total)
 
     def _taken(self, cache: _Cache, in_order: bool, now: float) -> bool:
         if self.held > self._held_max:

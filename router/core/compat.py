@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from router.core.belief import NAME_MAX, hello_doubt
 from workers.api import ACCEPTS, MESSAGE_BYTES_MAX, PROTOCOL, Phase
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class RouterFacts:
 
 def refusal(router: RouterFacts, worker: WorkerHello) -> str | None:
     """Why this router can't use that worker, naming both sides; None when it can."""
+    if router_doubts := hello_doubt(worker):
+        who = worker.worker_id[:NAME_MAX]
+        return f"router {router.router_id} does not believe worker {who}: {router_doubts}"
     pairs = [
         ("protocol", PROTOCOL, worker.protocol),
         ("tokenizer digest", router.tokenizer_digest, worker.tokenizer_digest),

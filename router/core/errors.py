@@ -145,6 +145,26 @@ class TenantOverRate(_Refused):
         super().__init__("this tenant is over its token rate", retry_s=retry_s)
 
 
+class PreparingFull(RouterError):
+    """As much waits to be rendered, tokenized or checked as may; nothing has been started."""
+
+    status, code, retryable, retry_after_s = 503, "preparing_full", True, 1
+
+    def __init__(self, *, waiting: int) -> None:
+        super().__init__(f"{waiting} prompts wait to be tokenized already; try again shortly")
+
+
+class GrammarTooSlow(RouterError):
+    """The request's grammar, schema or regular expression takes too long to be looked at."""
+
+    status, code = 400, "grammar_too_slow"
+
+    def __init__(self, *, seconds: float) -> None:
+        super().__init__(
+            f"structured_outputs: not compiled in {seconds:g} s (--grammar-s); send a simpler one"
+        )
+
+
 class KeyNotKnown(RouterError):
     """The request has no key, or none that this router knows."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from operator import attrgetter
 from typing import TYPE_CHECKING
 from zlib import crc32
@@ -19,6 +20,9 @@ STALL_S = 60.0
 """A busy worker whose step counter stands still for this long is dead. Longer than any single
 step: a GPU's chunk takes a second at most, a CPU's 8,192-token chunk some ten."""
 
+SPARE_SHARE = 8
+"""One sequence in so many may be sent beyond what a worker runs at once: it waits there, so that
+the place of one that ends is taken in the next step, and not a message to and fro later."""
 UNMEASURED_S = 10.0
 """What a worker has shown is believed for so long without a step of its own."""
 _MEASURED_AT = attrgetter("measured_at")
@@ -62,6 +66,8 @@ class WorkerView:
     tokens_left: int = field(init=False, default=0)
     """Room in KV blocks that are free by its own word, less what is promised."""
     tokens_total: int = field(init=False)
+    sequences_left: float = field(init=False, default=inf)
+    """How many more it may be given; endless for one that does not say how many it runs."""
     step_s: float = field(init=False, default=0.0)
     """A step without prompt tokens, with the streams that it has."""
     queue_s: float = field(init=False, default=0.0)
@@ -165,6 +171,8 @@ class WorkerView:
         if hello.role is not Role.PREFILL:
             streams = max(load.running + load.waiting, len(self.promised))
         self.streams_held = streams
+        if runs := hello.max_num_seqs:
+            self.sequences_left = runs + max(1, runs // SPARE_SHARE) - streams
         self.tokens_left = (load.blocks_free - self._promised_blocks) * hello.block_tokens
         self.pull_token_s = rates.pull.rates[1] * hello.block_bytes / hello.block_tokens
         self.step_s = base + streams * (stream_s + context_s * rates.context_tokens)

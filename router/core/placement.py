@@ -138,12 +138,16 @@ class EstimatePolicy:
 
 
 def _with_room(prompt: Prompt, workers: Sequence[WorkerView]) -> list[WorkerView]:
-    """Who generates and has KV blocks for all of it. Raises `NoCapacity`.
+    """Who generates, and has KV blocks for all of it and a sequence to spare. Raises `NoCapacity`.
 
     What is too large for each of them even when empty goes to any: it says so to the client.
     """
     able, most = [w for w in workers if w.generates], prompt.tokens + prompt.output_tokens
-    roomy = [w for w in able if w.tokens_left >= most or w.tokens_left >= prompt.kv_tokens(w)]
+    roomy = [
+        w
+        for w in able
+        if w.sequences_left > 0 and (w.tokens_left >= most or w.tokens_left >= prompt.kv_tokens(w))
+    ]
     if roomy:
         return roomy
     if any(w.tokens_total >= prompt.kv_tokens(w) for w in able):

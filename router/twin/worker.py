@@ -75,6 +75,7 @@ class SimWorker:
             block_bytes=s.block_tokens * s.token_bytes, blocks_total=s.blocks_total,
             max_model_len=s.max_model_len, lease_s=s.lease_s,
             handoff_endpoint="sim" if s.streams else "", step_tokens=s.chunk_tokens,
+            max_num_seqs=s.running_max,
         )  # fmt: skip
 
     @property

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from starlette.routing import Route
 
+from router.asker import AccessRules
 from router.core.access import ROUTES, Access, tenant_of
 from tests.asking import MODEL
 from tests.contract.router_rig import (
@@ -24,6 +26,8 @@ from tests.contract.router_rig import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from fastapi import FastAPI
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -129,6 +133,32 @@ def test_browser_may_ask_without_a_key_what_it_may_send(rig: RouterRig) -> None:
     asked = {"origin": "http://example.com", "access-control-request-method": "POST"}
     with rig.client(None, **asked) as client:
         assert client.options("/v1/chat/completions").status_code not in (401, 404, 405)
+
+
+# ------------------------------------------------------------ what is mounted
+
+
+def mounted(*flags: str, docs: bool = False) -> FastAPI:
+    """The application with vLLM's routes and ours, over nothing."""
+    from vllm.entrypoints.launchers.app import build_app
+
+    from router.front import Surface, View, front_args, mount
+
+    args = front_args(MODEL, list(flags))
+    app: FastAPI = build_app(args, ("generate",), None)
+    unused: Any = None
+    mount(app, View(unused, unused, unused), args, Surface(AccessRules(), docs))
+    return app
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_application_has_the_listed_routes_and_no_others(everything: bool) -> None:
+    app = mounted("--enable-scale-out", docs=True) if everything else mounted()
+    methods: dict[str, set[str]] = {}
+    for route in app.routes:
+        assert isinstance(route, Route), f"{route} serves whatever is below it"
+        methods.setdefault(route.path, set()).update((route.methods or set()) - {"HEAD"})
+    assert methods == {r.path: set(r.methods) for r in ROUTES if everything or not r.optional}
 
 
 # ------------------------------------------------------------ tenants

@@ -35,7 +35,7 @@ def half() -> Iterator[SchedulerHalf]:
     config = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(get_from_extra_config=lambda _, default: default),
         cache_config=SimpleNamespace(block_size=4),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=8),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8, max_num_seqs=4),
     )
     spec = FullAttentionSpec(block_size=4, num_kv_heads=1, head_size=8, dtype=torch.float32)
     cache = KVCacheConfig(10, [], [KVCacheGroupSpec(["layer"], spec)])

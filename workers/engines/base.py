@@ -31,6 +31,7 @@ class EngineFacts:
     constraints: str = ""
     dp_rank: int = 0
     dp_size: int = 1
+    max_num_seqs: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class SimEngine:
             max_model_len=s.max_model_len,
             handoff_endpoint="sim" if self._streams else "",
             step_tokens=s.chunk_tokens,
+            max_num_seqs=0 if s.instant else s.running_max,
         )
 
     async def run(self, on_step: OnStep) -> None:

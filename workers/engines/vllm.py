@@ -108,6 +108,7 @@ class VllmEngine:
             handoff_endpoint=connector.get("endpoint", ""),
             tells_cache="cache" in connector,
             step_tokens=self._config.scheduler_config.max_num_batched_tokens,
+            max_num_seqs=self._config.scheduler_config.max_num_seqs,
             constraints=constraints(self._config),
             dp_rank=parallel.data_parallel_rank,
             dp_size=parallel.data_parallel_size,
