@@ -169,6 +169,8 @@ def _limits(settings: RouterSettings) -> Limits:
         itl_s=settings.itl_objective_s or inf,
         tenant_tokens_per_s=settings.tenant_tokens_per_s or inf,
         tenant_burst_s=settings.tenant_burst_s,
+        hedge_after_s=settings.hedge_after_s,
+        hedge_ratio=settings.hedge_ratio,
         shares=settings.tenant_shares or {},
         message_bytes=settings.message_bytes_max,
     )

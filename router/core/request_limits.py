@@ -77,7 +77,11 @@ def check_json_size(raw: bytes, limits: RequestLimits) -> None:
         raise _over("body", f"it has {strings} strings", limits, "json_values_max")
     values = sum(_marks(part) for part in plain.split(b'"')[::2])
     if values > most + limits.token_ids_max:
-        raise _over("body", f"it has {values} values", limits, "json_values_max")
+        raise OverLimit(
+            "body",
+            f"it has {values} values; at most {most} and {limits.token_ids_max} token ids are "
+            "served here (--json-values-max, --token-ids-max)",
+        )
 
 
 def _marks(raw: bytes) -> int:
