@@ -22,7 +22,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from router.ask import Ask
 from router.asker import asker
 from router.core.access import salt_for
-from router.core.errors import RequestInvalid, RouterError
+from router.core.errors import RequestInvalid, RouterError, WorkerFailed
 from router.core.request_limits import RequestLimits
 from router.no_engine import NoEngine
 from router.outcome import Outcome, outcome
@@ -277,18 +277,43 @@ class DisaggregatedEngine(NoEngine):
     # ------------------------------------------------------------ the dispatch's sink
 
     def deliver(self, deltas: list[Delta], prompt_extras: dict[str, bytes]) -> None:
-        outputs, enough = [], []
+        outputs: list[list[EngineCoreOutput]] = []
+        # In their order. What comes with more than tokens, and may make no sense, stands alone.
+        plain = False
+        enough: list[str] = []
         for delta in deltas:
-            if stream := self.plain_streams.get(delta.request_id):
-                if stream.take(delta):
-                    enough.append(delta.request_id)
+            request_id = delta.request_id
+            try:
+                if stream := self.plain_streams.get(request_id):
+                    if stream.take(delta):
+                        enough.append(request_id)
+                    continue
+                output = _output(delta, prompt_extras.get(request_id))
+            except Exception as error:  # noqa: BLE001  # Others' tokens come with it.
+                self._misread([request_id], error)
+                continue
+            bare = delta.extras is None and request_id not in prompt_extras
+            if bare and plain:
+                outputs[-1].append(output)
             else:
-                outputs.append(_output(delta, prompt_extras.get(delta.request_id)))
-        if outputs:
-            processed = self.output_processor.process_outputs(outputs, time.monotonic())
-            enough += processed.reqs_to_abort
+                outputs.append([output])
+            plain = bare
+        for some in outputs:
+            try:
+                processed = self.output_processor.process_outputs(some, time.monotonic())
+                enough += processed.reqs_to_abort
+            except Exception as error:  # noqa: BLE001
+                self._misread([output.request_id for output in some], error)
         if enough:
             self.dispatch.enough(enough)
+
+    def _misread(self, request_ids: list[str], error: Exception) -> None:
+        """What a worker sent for these can't be shown: they fail, and nothing is left out."""
+        for request_id in request_ids:
+            log.error("output not understood", extra={"request": request_id, "error": repr(error)})
+            reason = f"its output was not understood: {type(error).__name__}"
+            self.fail(request_id, WorkerFailed("unknown", reason=reason))
+        self.dispatch.cancel(request_ids)
 
     def fail(self, request_id: str, error: RouterError) -> None:
         if stream := self.plain_streams.get(request_id):

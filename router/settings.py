@@ -128,6 +128,12 @@ class RouterSettings(BaseSettings):
     tenant_shares: Shares | None = Field(
         None, description="of the queue, name=share with commas between; others 1"
     )
+    hedge_after_s: Seconds = Field(
+        2, description="how late a first token is, beside its estimate, before a second try"
+    )
+    hedge_ratio: float = Field(
+        0.05, ge=0, le=1, description="most such second tries, as a share of requests"
+    )
     body_bytes_max: Count = Field(4 * 1024 * 1024, description="most bytes of a request's body")
     bodies_bytes_max: Count = Field(
         256 * 1024 * 1024, description="most bytes of the bodies of all requests under way"

@@ -61,6 +61,8 @@ ROUTER: dict[str, tuple[str, Any]] = {
     "message_bytes_max": ("1048576", 1048576),
     "curve_secret_file": ("a", Path("a")),
     "notice_s": ("5", 5.0),
+    "hedge_after_s": ("1.5", 1.5),
+    "hedge_ratio": ("0.1", 0.1),
     "drain_s": ("600", 600.0),
     "reserve": ("at_prefill_done", Reserve.AT_PREFILL_DONE),
     "disaggregate": ("always", Disaggregate.ALWAYS),
