@@ -83,6 +83,7 @@ class DisaggregatedEngine(NoEngine):
         self._grammars = GrammarCheck(limits.grammar_s, limits.preparing_max)
         # Everything that renders or tokenizes is given to this executor.
         self._pool = BoundedPool(self.renderer._executor, limits.preparing_max, _refusal)
+        _bound_tokenizing(self.renderer, self.limits.token_ids_max)
         self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self.plain_streams = PlainStreams(self.renderer.tokenizer)
         self._dispatch: Dispatch | None = None
@@ -324,6 +325,22 @@ class DisaggregatedEngine(NoEngine):
         queue = state.queue
         self.output_processor.abort_requests([request_id], internal=True)
         queue.put(_client_error(error))
+
+
+def _bound_tokenizing(renderer: Any, most: int) -> None:
+    """Refuse a text of too many tokens: `/tokenize` alone would answer with any number of them."""
+    tokenize = renderer._tokenize_prompt_async
+
+    async def bounded(prompt: Any, params: Any) -> Any:
+        found = await tokenize(prompt, params)
+        if (tokens := len(found["prompt_token_ids"])) > most:
+            raise VLLMValidationError(
+                f"the text has {tokens} tokens; at most {most} are served here (--token-ids-max)",
+                parameter="prompt",
+            )
+        return found
+
+    renderer._tokenize_prompt_async = bounded
 
 
 def _refusal(error: RouterError) -> Refusal:

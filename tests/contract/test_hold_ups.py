@@ -83,12 +83,16 @@ REFUSED: dict[str, tuple[str, Any, int, str]] = {
     "prompts": (TEXT, {"prompt": ["x"] * 1_024, "n": 10}, 400, "--prompts-max"),
     "both": (TEXT, {"prompt": ["x"] * 100, "n": 10}, 400, "--sequences-max"),
     "chats": (CHAT, {"messages": [[USER]] * 2_000}, 400, "--prompts-max"),
-    "messages": (CHAT, {"messages": [USER] * 2_001}, 400, "--messages-max"),
+    "messages": (CHAT, {"messages": [USER] * 3_001}, 400, "--messages-max"),
     "body": (TEXT, b'{"prompt":"' + b"x" * 60_000_000 + b'"}', 413, "--body-bytes-max"),
     "numbers": (TEXT, b"[1" + b",1" * 1_900_000 + b"]", 400, "--json-values-max"),
     "objects": (TEXT, b'{"prompt":[{}' + b",{}" * 29_000 + b"]}", 400, "--prompts-max"),
     "nesting": (TEXT, b'{"a":' + b"[" * 900 + b"]" * 900 + b"}", 400, "--json-depth-max"),
     "regex": (TEXT, structured(regex="a|" * 200_000), 400, "--grammar-bytes-max"),
+    "tokens": ("/tokenize", {"prompt": "\u5b57" * 200_000}, 400, "--token-ids-max"),
+    "parts": (CHAT, {"messages": [{**USER, "content": [{}] * 10}] * 900}, 400, "--messages-max"),
+    "items": ("/v1/responses", {"input": [{"type": "x"}] * 200}, 400, "input[0]"),
+    "tools": (CHAT, {"messages": [USER], "tools": [{"a": 1}] * 9_000}, 400, "--tools-max"),
     "tokenize": ("/tokenize", {"prompt": "word " * 500_000}, 400, "--text-chars-max"),
     "detokenize": ("/detokenize", {"tokens": [7] * 200_000}, 400, "--token-ids-max"),
     "stop": (TEXT, {"prompt": "x", "stop": ["a"] * 10_000}, 400, "--stops-max"),
@@ -109,7 +113,7 @@ def test_a_request_beyond_a_limit_costs_next_to_nothing_and_is_told_which(
 
 
 def test_memory_is_back_after_the_largest_requests_that_are_served(router: Router) -> None:
-    largest = {"prompt": "word and " * 110_000}
+    largest = {"prompt": "word and " * 66_000}
     assert router.post("/tokenize", largest).status_code in (200, 400)
     before = router.resident()
     for _ in range(3):
