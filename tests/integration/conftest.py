@@ -9,6 +9,7 @@ import pytest
 
 from deploy.local.aggregated import Aggregated
 from deploy.local.group import LocalGroup
+from deploy.local.keys import make as make_keys
 from deploy.local.models import prepare
 from tests.asking import ANSWER_S, LEASE_S, MODEL, READ_S, OneEngine
 from tests.forks import ForkedGroup, Zygote
@@ -94,8 +95,16 @@ def over(request: pytest.FixtureRequest) -> Iterator[tuple[str, LocalGroup]]:
     if name == "ucx":
         yield name, request.getfixturevalue("group")
         return
-    flags, zygote = [*FLAGS, *OURS, "--kv-transports", name], request.getfixturevalue("zygote")
-    with ForkedGroup(zygote, MODEL, flags=flags, router_flags=APART) as running:
+    flags, front = [*FLAGS, *OURS, "--kv-transports", name], [*APART]
+    if name == "tcp":  # One of them has keys, which vLLM's own processes must be given as well.
+        keys: Path = request.getfixturevalue("tmp_path_factory").mktemp("keys") / "curve"
+        make_keys(keys)
+        flags += ["--curve-secret-file", f"{keys}/worker.secret"]
+        flags += ["--curve-routers-file", f"{keys}/router.public"]
+        front += ["--curve-secret-file", f"{keys}/router.secret"]
+        front += ["--curve-workers-file", f"{keys}/worker.public"]
+    zygote: Zygote = request.getfixturevalue("zygote")
+    with ForkedGroup(zygote, MODEL, flags=flags, router_flags=front) as running:
         yield name, running
 
 
