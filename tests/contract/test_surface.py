@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -98,7 +99,7 @@ def test_route_that_is_not_open_needs_a_key(rig: RouterRig, route: Any) -> None:
             assert error_of(answer)["type"] == "invalid_api_key"
 
 
-@pytest.mark.parametrize("route", [r for r in ROUTES if r.access is Access.OPEN], ids=str)
+@pytest.mark.parametrize("route", [r for r in ROUTES if r.access is Access.OPEN], ids=lambda r: r.path)
 def test_probe_needs_no_key(rig: RouterRig, route: Any) -> None:
     with rig.client() as client:
         assert {client.request(m, route.path).status_code for m in route.methods} == {200}
@@ -144,13 +145,15 @@ def mounted(*flags: str, docs: bool = False) -> FastAPI:
 
     from router.front import Surface, View, front_args, mount
 
-    args = front_args(MODEL, list(flags))
+    args = front_args(str(Path(__file__).parent), list(flags))  # A name would be looked for.
     app: FastAPI = build_app(args, ("generate",), None)
+    app.middleware_stack = None  # As in `build_front`: it is built with the first request.
     unused: Any = None
     mount(app, View(unused, unused, unused), args, Surface(AccessRules(), docs))
     return app
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Torch's, while vLLM imports it.
 @pytest.mark.parametrize("everything", [False, True])
 def test_application_has_the_listed_routes_and_no_others(everything: bool) -> None:
     app = mounted("--enable-scale-out", docs=True) if everything else mounted()
