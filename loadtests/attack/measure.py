@@ -23,7 +23,7 @@ _SETTLE_S = 6.0
 _KEPT_SHARE_MAX = 0.1
 """The router's share of the time without a core, for other people's processes: above it nothing
 can be said of its times."""
-_CALM_S, _LOOK_S = 20.0, 0.3
+_CALM_S, _LOOK_S = 10.0, 0.3
 _MEMORY = dict[str, int]
 
 
@@ -127,12 +127,12 @@ async def await_calm(scene: Scene, quiet_itl_s: float) -> None:
 
     They may never be: then the next one begins after `_CALM_S`.
     """
-    until = time.monotonic() + _CALM_S
+    quiet_s, until = max(quiet_itl_s, bounds.ITL_FLOOR_S), time.monotonic() + _CALM_S
     while time.monotonic() < until:
         began = time.monotonic()
         await asyncio.sleep(_LOOK_S)
         now = await asyncio.to_thread(scene.others, began, time.monotonic(), wait=False)
-        if now["events"] and now["itl_ms_max"] < 2e3 * max(quiet_itl_s, bounds.ITL_FLOOR_S):
+        if now["events"] and now["itl_ms_p99"] / 1e3 < bounds.ITL_RATIO_MAX * quiet_s:
             return
 
 
