@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import sys
 import uuid
@@ -32,6 +31,7 @@ from controller.sizing_metrics import SizingMetrics
 from workers.addresses import write_addresses
 from workers.flags import read_settings
 from workers.logs import log_to_stderr
+from workers.signals import ENDING, end_unheard
 
 log = logging.getLogger("controller")
 
@@ -136,11 +136,11 @@ async def _serve(settings: ControllerSettings, access: Access) -> None:
     http = HttpSide(settings.http_host, settings.http_port, sizing, leadership)
     DiscoveryMetrics(discovery, reflector.session, loop.time)
     SizingMetrics(sizing, observer, leadership, loop.time)
+    stop = asyncio.Event()
+    for number in ENDING:
+        loop.add_signal_handler(number, stop.set)
     if settings.address_file:
         write_addresses(settings.address_file, channel=None, http=http.address)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     log.info("controller started", extra={"group": settings.group, "http": http.address})
     async with asyncio.TaskGroup() as tasks:
         sides = [tasks.create_task(discovery.run()), tasks.create_task(http.run())]
@@ -152,6 +152,7 @@ async def _serve(settings: ControllerSettings, access: Access) -> None:
         if not settings.dry_run:
             await leadership.leave()
         await _end(sides)
+    end_unheard(loop)
 
 
 async def _end(tasks: list[asyncio.Task[None]]) -> None:

@@ -373,8 +373,6 @@ class SchedulerHalf:
                 "step": self._tallies.popleft() if self._tallies else [],
                 "cache": self._cache_changes(),
                 "leases_open": sender.leases_open if sender else 0,
-                "malformed": sender.malformed_total if sender else 0,
-                "refused": sender.refused_total if sender else 0,
                 "leases_expired": sender.leases_expired_total if sender else 0,
                 "endpoint": sender.endpoint if sender else "",
                 "layout": _family(facts) if facts else "",

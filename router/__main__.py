@@ -52,6 +52,7 @@ from workers.flags import read_settings
 from workers.keys import KeyFileBad, read_public, read_secret
 from workers.logs import log_to_stderr
 from workers.models import ModelMissing, resolve_model
+from workers.signals import end_unheard
 
 if TYPE_CHECKING:
     import argparse
@@ -168,6 +169,8 @@ def _limits(settings: RouterSettings) -> Limits:
         itl_s=settings.itl_objective_s or inf,
         tenant_tokens_per_s=settings.tenant_tokens_per_s or inf,
         tenant_burst_s=settings.tenant_burst_s,
+        hedge_after_s=settings.hedge_after_s,
+        hedge_ratio=settings.hedge_ratio,
         shares=settings.tenant_shares or {},
         message_bytes=settings.message_bytes_max,
     )
@@ -216,10 +219,9 @@ async def _serve(
     gc.freeze()
     server = LeavingServer(app, departure, settings.drain_s, connection_limits(settings))
     app.state.server = server
-    _tell_addresses(settings, ways.listeners)
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, server.leave, settings.notice_s)
-    loop.add_signal_handler(signal.SIGINT, server.leave, 0.0)  # A person has no balancer.
+    _leave_when_told(loop, server, settings.notice_s)
+    _tell_addresses(settings, ways.listeners)
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(links.run()), tasks.create_task(loop_hold().run())]
         if ways.source is not None:
@@ -233,6 +235,7 @@ async def _serve(
         for task in running:
             task.cancel()
     engine.shutdown()
+    end_unheard(loop)
 
 
 def _count(dispatch: Dispatch) -> None:
@@ -240,6 +243,13 @@ def _count(dispatch: Dispatch) -> None:
     QueueMetrics(dispatch)
     DemandMetrics(dispatch)
     HandoffMetrics(dispatch.handoffs.known)
+
+
+def _leave_when_told(
+    loop: asyncio.AbstractEventLoop, server: LeavingServer, notice_s: float
+) -> None:
+    loop.add_signal_handler(signal.SIGTERM, server.leave, notice_s)
+    loop.add_signal_handler(signal.SIGINT, server.leave, 0.0)  # A person has no balancer.
 
 
 def _tell_addresses(settings: RouterSettings, listeners: Listeners) -> None:

@@ -41,7 +41,7 @@ class Accounts:
 
     def settle(self, live: Live) -> None:
         """Count it where it now is, and nowhere else."""
-        request_id, state = live.ask.request_id, live.state
+        request_id, state = live.wire_id, live.state  # Of a request, each try has its own.
         for worker_id in live.counted_on:
             if view := self._fleet.get(worker_id):
                 view.leave(request_id)
@@ -62,7 +62,7 @@ class Accounts:
 
     def said(self, live: Live, worker_id: str, delta: Delta) -> None:
         """A worker answered: what it was to compute is computed, and it has taken blocks."""
-        view, request_id = self._fleet.get(worker_id), live.ask.request_id
+        view, request_id = self._fleet.get(worker_id), live.wire_id
         if view is None:
             return
         if view.unheard:

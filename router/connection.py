@@ -22,6 +22,10 @@ LINGER_S: Final = 2.0
 closed on unread bytes is reset, and then the client may never see why."""
 PIPELINE_MAX: Final = 16
 """Requests that a client may send ahead of their answers."""
+CHUNKS_FREE: Final = 4_096
+CHUNK_BYTES_MIN: Final = 16
+"""A body of more chunks than that has at least so many bytes in each, on the mean: what is read at
+once can hold 40,000 of one byte, and each takes a microsecond."""
 REFUSED_MAX: Final = 256
 """Connections beyond the bound that are told so; further ones are just reset."""
 
@@ -80,7 +84,7 @@ class BoundedConnection(HttpToolsProtocol):
         """Whether there is somebody to answer: a silent connection gets no HTTP."""
         self._answered: Any = None
         """The request that is being answered, or was last."""
-        self._head_bytes = self._body_bytes = self._held_bytes = 0
+        self._head_bytes = self._body_bytes = self._held_bytes = self._chunks = 0
         self._reading: asyncio.TimerHandle | None = None
         """Runs out when a head, or then a body, is not complete in time."""
         self._writing: asyncio.TimerHandle | None = None
@@ -128,8 +132,6 @@ class BoundedConnection(HttpToolsProtocol):
                 return
         if not self.busy and self._reading is None:
             self._await_head()
-        if len(self.pipeline) > PIPELINE_MAX:
-            self.transport.abort()
 
     def _feed(self, data: bytes) -> bool:
         """Have it parsed. False if a refusal came of it."""
@@ -170,9 +172,12 @@ class BoundedConnection(HttpToolsProtocol):
     # ------------------------------------------------------------ a request comes in
 
     def on_message_begin(self) -> None:
+        if self._refused:
+            # It ends the parsing: thousands more may lie in what was read at once.
+            raise httptools.HttpParserError("refused")
         super().on_message_begin()
-        self._has_asked = True
-        self._in_head, self._head_bytes, self._body_bytes = True, 0, 0
+        self._has_asked = self._in_head = True
+        self._head_bytes = self._body_bytes = self._chunks = 0
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -186,6 +191,9 @@ class BoundedConnection(HttpToolsProtocol):
             self._refuse_head("headers_max")
         elif self._announced() > self._limits.body_bytes_max:
             self._refuse_body()
+        elif len(self.pipeline) >= PIPELINE_MAX:
+            self._refused = True
+            self.transport.abort()
         else:
             super().on_headers_complete()
 
@@ -206,10 +214,13 @@ class BoundedConnection(HttpToolsProtocol):
         if self._refused:
             return
         self._body_bytes += len(body)
+        self._chunks += 1
         self._held_bytes += len(body)
         self._bounds.body_bytes += len(body)
         if self._body_bytes > self._limits.body_bytes_max:
             self._refuse_body()
+        elif self._chunks > max(CHUNKS_FREE, self._body_bytes // CHUNK_BYTES_MIN):
+            self._refuse(_Refusal(400, "bad_http", "the body's chunks are too small"))
         elif self._bounds.body_bytes > self._limits.bodies_bytes_max:
             most = self._limits.bodies_bytes_max
             self._refuse(_Refusal(

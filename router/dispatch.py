@@ -14,7 +14,7 @@ import msgspec
 
 from router.accounts import Accounts
 from router.ask import Ask, Reserve
-from router.core import effects
+from router.core import effects, race
 from router.core import lifecycle as life
 from router.core.belief import Doubts, batch_doubt
 from router.core.caches import Caches, Foretold
@@ -25,10 +25,11 @@ from router.door import Door
 from router.handoff_watch import HandoffWatch
 from router.journal import Journal
 from router.live import Live, Step, generate, nobody_computed
+from router.patience import Patience
 from workers.api import Abort, Batch, Delta, Finish, KvAsk, KvSnapshot, Phase, Release, make_ticket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from router.core.errors import RouterError
     from router.core.limits import Limits
@@ -43,8 +44,6 @@ REQUESTS_MAX = 20_000
 PREFILL_SUFFIX = "/p"
 HANDLE_BYTES = 16
 """Random ones of a handle: whoever knows it can follow, renew and release the KV it stands for."""
-STUCK_S = 600.0
-"""A request without any progress for this long is failed."""
 HELD_UP_S = 0.1
 """A standstill of our own that is worth counting."""
 FORETOLD_S = 1.0
@@ -74,6 +73,7 @@ class Dispatch:
         self.accounts = Accounts(self.fleet)
         self.handoffs = HandoffWatch(self.fleet)
         self.door = Door(self.fleet, limits)
+        self.patience = Patience(self.fleet, self.door.limits)
         self._policy = policy or EstimatePolicy(prefill_s=self.door.limits.prefill_s)
         self._reserve = reserve
         self.journal = journal or Journal()
@@ -117,7 +117,7 @@ class Dispatch:
 
     def is_on(self, worker_id: str) -> bool:
         """Some live request computes, decodes or has its KV there."""
-        return any(life.is_on(live.state, worker_id) for live in self._live.values())
+        return any(life.is_on(live.state, worker_id) for live in self._tries())
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """The client is gone. Unknown ids are ignored."""
@@ -173,7 +173,7 @@ class Dispatch:
         left = view.departing and not self.is_on(worker_id)
         what = {"worker": worker_id, "reason": reason}
         log.info("worker left", extra=what) if left else log.warning("worker lost", extra=what)
-        for live in list(self._live.values()):
+        for live in list(self._tries()):
             self._advance(live, life.Lost(worker_id, reason), now)
 
     def on_batch(self, worker_id: str, batch: Batch) -> None:
@@ -183,6 +183,8 @@ class Dispatch:
         if batch.kv and self.caches.events(worker_id, batch.kv_seq, batch.kv, now):
             self._send(worker_id, KvAsk())
         step = Step()
+        if batch.deltas:
+            self.fleet.brought(worker_id, now)
         for delta in batch.deltas:
             live = self._by_wire.get(delta.request_id)
             if live is None:
@@ -202,21 +204,73 @@ class Dispatch:
             return
         now = self._clock()
         self.fleet.excuse(seconds, now)
-        for live in self._live.values():
+        for live in self._tries():
             live.progress_at = min(now, live.progress_at + seconds)
 
     def tick(self) -> None:
         """Give up dead workers and stuck requests. Call it about once a second."""
         now = self._clock()
+        self.fleet.listen(now)
         for worker_id, reason in self.fleet.dead(now):
             self.on_lost(worker_id, reason)
         self.fleet.reconsider(now)
         self.handoffs.known.retry(now)
         for worker_id in self.caches.overdue(now):
             self._send(worker_id, KvAsk())
-        for live in [r for r in self._live.values() if now - r.progress_at > STUCK_S]:
-            self._advance(live, life.Stuck(now - live.progress_at), now)
+        for live in list(self._tries()):
+            self._lose_patience(live, now)
         self._pump(now)
+
+    def _tries(self) -> Iterator[Live]:
+        """All that run or wait: one a request, or two."""
+        for live in self._live.values():
+            yield live
+            if live.rival is not None:
+                yield live.rival
+
+    # ------------------------------------------------------------ patience
+
+    def _lose_patience(self, live: Live, now: float) -> None:
+        """Ask another worker too, or no longer this one."""
+
+        def place(rival: Live) -> Placement:
+            prompt, avoid = self._prompt(rival, now), frozenset({slow or ""})
+            return self._policy.place(prompt, list(self.fleet), avoid)
+
+        slow = self.patience.slow(live, now)
+        if stuck := self.patience.stuck(live, now):
+            self._advance(live, stuck, now)
+        # Nobody's turn is taken for a second try: who waits has not been served at all.
+        elif slow and not self.door.queue and (rival := self.patience.second(live, slow, place)):
+            self._begin(rival, now)
+
+    def _race(self, live: Live, rival: Live, event: life.Event, now: float) -> None:
+        """An event of one of two tries."""
+        before = live.state
+        raced = race.advance(before, rival.state, event)
+        live.state, rival.state = raced.state, raced.rival
+        if raced.left is not race.Left.BOTH:
+            won, over = (live, rival) if raced.left is race.Left.THIS else (rival, live)
+            self._end_race(won, over, event)
+        if type(live.state) is not type(before):
+            self.accounts.settle(live)
+        for who, asked in ((live, raced.effects), (rival, raced.rival_effects)):
+            for effect in asked:
+                self._carry_out(who, effect, now)
+        if raced.left is race.Left.THIS and isinstance(live.state, life.Ended):
+            self._forget(live, live.state.outcome, now)
+
+    def _end_race(self, won: Live, over: Live, event: life.Event) -> None:
+        request_id = won.ask.request_id
+        how = "second" if self._live[request_id] is over else "first"
+        gone = isinstance(event, life.ClientGone | life.Enough)
+        self.patience.hedges.ended["called_off" if gone else how] += 1
+        won.rival = over.rival = None
+        self.accounts.settle(over)
+        self._forget_wires(over)
+        self._live[request_id] = won
+        if won.placement is not None:
+            self.journal.won(request_id, won.placement, won.predicted_tokens)
 
     # ------------------------------------------------------------ the queue
 
@@ -331,6 +385,11 @@ class Dispatch:
                 self._advance(live, event, now)
 
     def _advance(self, live: Live, event: life.Event, now: float) -> None:
+        if isinstance(live.state, life.Ended):
+            return  # It was called off in the same breath.
+        if live.rival is not None:
+            self._race(live, live.rival, event, now)
+            return
         before = live.state
         live.state, asked = life.advance(before, event)
         if type(live.state) is not type(before):
@@ -384,6 +443,14 @@ class Dispatch:
             self._refuse(live, late, now)
             return
         self.door.queue.grant(ask.request_id, now)
+        self.patience.hedges.placed()
+        live.placement = placement
+        self._begin(live, now)
+
+    def _begin(self, live: Live, now: float) -> None:
+        ask, prompt, placement = live.ask, live.prompt, live.placement
+        assert prompt is not None
+        assert placement is not None
         live.computes_on = placement.prefill or placement.decode
         live.predicted_tokens = prompt.cached_tokens.get(live.computes_on, 0)
         live.kv_tokens_expected = prompt.tokens + prompt.output_tokens
@@ -394,16 +461,13 @@ class Dispatch:
 
     def _placed(self, live: Live, placement: Placement) -> life.Placed:
         assert isinstance(live.state, life.Placing)
-        # Ids are single use: a late answer to a former try must not be taken for this one's.
-        number, ask = live.state.tries.number, live.ask
         self._forget_wires(live)
-        live.prompt_extras = live.cached_tokens = None  # Of a former try's prefill: of no more use.
-        live.wire_id = ask.request_id if number == 1 else f"{ask.request_id}/{number}"
+        live.begin_try(live.state.tries.number)
         prefill = self.fleet.get(placement.prefill) if placement.prefill else None
         if prefill is None:
             return life.Placed(None, placement.decode)
         ticket = make_ticket(prefill.hello, self._make_handle())
-        at_once = self._reserve is Reserve.AT_DISPATCH and not ask.only_one
+        at_once = self._reserve is Reserve.AT_DISPATCH and not live.ask.only_one
         reserve = at_once and ticket is not None
         return life.Placed(prefill.id, placement.decode, ticket, reserve)
 

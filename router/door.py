@@ -34,6 +34,8 @@ PUMP_S: Final = 0.005
 """At most so often does a worker's step make the queue look for room."""
 CONTENTS_MAX: Final = 4 << 30
 """Bytes of images and their like that are held for requests which may have to begin anew."""
+TURNS_MAX: Final = 64
+"""As many are let in at once, some 10 ms of placing; the next step of any worker lets in more."""
 PASSED_MAX: Final = 8
 """How many are passed over, for want of room, before nobody is looked at any more."""
 
@@ -116,7 +118,7 @@ class Door:
 
     def turns(self, now: float) -> Iterator[str]:
         """Whose turn it is, one after the other. Who is still in the queue then had no room."""
-        queue, passed = self.queue, set[str]()
+        queue, passed, let_in = self.queue, set[str](), 0
         self.busy, self._looked_at = True, now
         self._kept = None
         if first := queue.kept_for(now):
@@ -129,8 +131,13 @@ class Door:
                 if entry.request_id in queue:
                     queue.no_room(entry.request_id, now)
                     passed.add(entry.request_id)
-                elif self._kept and self._kept[0] == entry.request_id:
+                    continue
+                let_in += 1
+                if self._kept and self._kept[0] == entry.request_id:
                     self._kept = None
+                if let_in == TURNS_MAX:
+                    self._looked_at = -inf
+                    break
         finally:
             self.busy = False
 

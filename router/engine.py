@@ -22,7 +22,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from router.ask import Ask
 from router.asker import asker
 from router.core.access import salt_for
-from router.core.errors import RequestInvalid, RouterError
+from router.core.errors import RequestInvalid, RouterError, WorkerFailed
 from router.core.request_limits import RequestLimits
 from router.no_engine import NoEngine
 from router.outcome import Outcome, outcome
@@ -83,6 +83,7 @@ class DisaggregatedEngine(NoEngine):
         self._grammars = GrammarCheck(limits.grammar_s, limits.preparing_max)
         # Everything that renders or tokenizes is given to this executor.
         self._pool = BoundedPool(self.renderer._executor, limits.preparing_max, _refusal)
+        _bound_tokenizing(self.renderer, self.limits.token_ids_max)
         self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self.plain_streams = PlainStreams(self.renderer.tokenizer)
         self._dispatch: Dispatch | None = None
@@ -276,18 +277,43 @@ class DisaggregatedEngine(NoEngine):
     # ------------------------------------------------------------ the dispatch's sink
 
     def deliver(self, deltas: list[Delta], prompt_extras: dict[str, bytes]) -> None:
-        outputs, enough = [], []
+        outputs: list[list[EngineCoreOutput]] = []
+        # In their order. What comes with more than tokens, and may make no sense, stands alone.
+        plain = False
+        enough: list[str] = []
         for delta in deltas:
-            if stream := self.plain_streams.get(delta.request_id):
-                if stream.take(delta):
-                    enough.append(delta.request_id)
+            request_id = delta.request_id
+            try:
+                if stream := self.plain_streams.get(request_id):
+                    if stream.take(delta):
+                        enough.append(request_id)
+                    continue
+                output = _output(delta, prompt_extras.get(request_id))
+            except Exception as error:  # noqa: BLE001  # Others' tokens come with it.
+                self._misread([request_id], error)
+                continue
+            bare = delta.extras is None and request_id not in prompt_extras
+            if bare and plain:
+                outputs[-1].append(output)
             else:
-                outputs.append(_output(delta, prompt_extras.get(delta.request_id)))
-        if outputs:
-            processed = self.output_processor.process_outputs(outputs, time.monotonic())
-            enough += processed.reqs_to_abort
+                outputs.append([output])
+            plain = bare
+        for some in outputs:
+            try:
+                processed = self.output_processor.process_outputs(some, time.monotonic())
+                enough += processed.reqs_to_abort
+            except Exception as error:  # noqa: BLE001
+                self._misread([output.request_id for output in some], error)
         if enough:
             self.dispatch.enough(enough)
+
+    def _misread(self, request_ids: list[str], error: Exception) -> None:
+        """What a worker sent for these can't be shown: they fail, and nothing is left out."""
+        for request_id in request_ids:
+            log.error("output not understood", extra={"request": request_id, "error": repr(error)})
+            reason = f"its output was not understood: {type(error).__name__}"
+            self.fail(request_id, WorkerFailed("unknown", reason=reason))
+        self.dispatch.cancel(request_ids)
 
     def fail(self, request_id: str, error: RouterError) -> None:
         if stream := self.plain_streams.get(request_id):
@@ -299,6 +325,22 @@ class DisaggregatedEngine(NoEngine):
         queue = state.queue
         self.output_processor.abort_requests([request_id], internal=True)
         queue.put(_client_error(error))
+
+
+def _bound_tokenizing(renderer: Any, most: int) -> None:
+    """Refuse a text of too many tokens: `/tokenize` alone would answer with any number of them."""
+    tokenize = renderer._tokenize_prompt_async
+
+    async def bounded(prompt: Any, params: Any) -> Any:
+        found = await tokenize(prompt, params)
+        if (tokens := len(found["prompt_token_ids"])) > most:
+            raise VLLMValidationError(
+                f"the text has {tokens} tokens; at most {most} are served here (--token-ids-max)",
+                parameter="prompt",
+            )
+        return found
+
+    renderer._tokenize_prompt_async = bounded
 
 
 def _refusal(error: RouterError) -> Refusal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import aiohttp
 import msgspec
 import vllm
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request  # noqa: TC002  # FastAPI reads the annotation.
@@ -18,6 +20,7 @@ from vllm.config import ParallelConfig, VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
@@ -223,6 +226,8 @@ async def _check_json(request: Request) -> None:
         check_request(body, request.app.state.limits)
     except OverLimit as over:
         raise VLLMValidationError(str(over), parameter=over.field) from over
+    if "/responses" in request.url.path and isinstance(body.get("input"), list):
+        await _check_items(body["input"])
     if not isinstance(body.get("messages", []), list):
         raise VLLMValidationError("messages must be a list", parameter="messages")
     if not isinstance(body.get("structured_outputs"), dict | None):
@@ -239,6 +244,23 @@ async def _check_json(request: Request) -> None:
                 f"{field}: items that a client names can't be served; send their content alone",
                 parameter=field,
             )
+
+
+async def _check_items(items: list[Any]) -> None:
+    """Refuse the first item that is none, by itself.
+
+    pydantic says of each in which way it is not each of thirty kinds: 2,000 of them took it 7 s and
+    2 GB.
+    """
+    for at, item in enumerate(items):
+        try:
+            ResponsesRequest.model_validate({"input": [item]})
+        except ValidationError as error:
+            raise VLLMValidationError(
+                f"input[{at}]: this is no item that a response can follow", parameter=f"input.{at}"
+            ) from error
+        if at % 8 == 7:
+            await asyncio.sleep(0)
 
 
 def _check_conversations(renderer: Any, chat_template: str | None) -> None:

@@ -32,6 +32,9 @@ class Record(msgspec.Struct):
     waited_s: float = 0.0
     """For a turn and for room, before anything was started."""
     attempts: int = 0
+    hedged: bool = False
+    """Two tries ran at once, since the first token was overdue. What is told below is of the one
+    that brought it."""
     prefill_worker: str | None = None
     """None when the decode worker computed the prompt itself."""
     decode_worker: str | None = None
@@ -92,14 +95,13 @@ class Journal:
             if not record.attempts:
                 record.waited_s = now - record.started_at
             record.attempts += 1
-            record.prefill_worker = placement.prefill
-            record.decode_worker = placement.decode
-            record.predicted_tokens = predicted_tokens
-            record.candidates = placement.candidates
-            if made := placement.estimate:
-                record.estimated_ttft_s = made.ttft_s
-                record.estimated_decode_s = made.decode_s
-                record.estimated_damage_s = made.damage_s
+            _write(record, placement, predicted_tokens)
+
+    def won(self, request_id: str, placement: Placement, predicted_tokens: int) -> None:
+        """Of two tries at once, this one goes on."""
+        if record := self._records.get(request_id):
+            record.hedged = True
+            _write(record, placement, predicted_tokens)
 
     def pulled(self, request_id: str, delta: Delta) -> None:
         """The decode worker's first delta says how the prompt's KV got there."""
@@ -148,6 +150,17 @@ class Journal:
             for r in self._records.values()
             if (tenant is None or r.tenant == tenant) and (r.request_id == name or r.name in names)
         ]
+
+
+def _write(record: Record, placement: Placement, predicted_tokens: int) -> None:
+    record.prefill_worker = placement.prefill
+    record.decode_worker = placement.decode
+    record.predicted_tokens = predicted_tokens
+    record.candidates = placement.candidates
+    if made := placement.estimate:
+        record.estimated_ttft_s = made.ttft_s
+        record.estimated_decode_s = made.decode_s
+        record.estimated_damage_s = made.damage_s
 
 
 class _Names:

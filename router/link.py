@@ -41,6 +41,7 @@ BEAT_S: Final = 1.0
 LINKS_MAX: Final = 4000
 SOCKETS_A_LINK: Final = 3
 """Its own, and the two ends of its monitor."""
+REASON_MAX: Final = 500
 SEND_QUEUE_MAX: Final = 10_000
 """Messages to one worker that may wait; one that takes no more is lost."""
 
@@ -168,14 +169,18 @@ class Link:
 
     def take_next(self) -> bool:
         """Handle one message, or a part of a large one; False when there is none."""
-        if self._parts:
-            self._handle(self._parts.popleft())
-            return True
         try:
+            if self._parts:
+                self._handle(self._parts.popleft())
+                return True
             frame = self._socket.recv(zmq.NOBLOCK)
+            self._take(frame)
         except zmq.Again:
             return False
-        self._take(frame)
+        except Exception as error:  # noqa: BLE001  # A worker's edge: others must be heard.
+            self._links.failed(self.address)
+            if self.worker_id is not None:  # What of the message was acted upon is not known.
+                self.lost(f"what it said could not be taken: {error!r}"[:REASON_MAX])
         return True
 
     def _take(self, frame: bytes) -> None:
@@ -359,6 +364,10 @@ class Links:
     def malformed(self, address: str, error: str) -> None:
         self.malformed_total += 1
         self._log.warning("malformed message", {"address": address, "error": error})
+
+    def failed(self, address: str) -> None:
+        """A message could not be acted upon: a bug of ours, told with its traceback."""
+        self._log.exception("a message was not taken", {"address": address})
 
     async def run(self) -> None:
         """Beat until cancelled."""

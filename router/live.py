@@ -11,15 +11,20 @@ from workers.api import Generate, Phase
 if TYPE_CHECKING:
     from router.ask import Ask
     from router.core.admission import Entry
-    from router.core.placement import Prompt
+    from router.core.placement import Placement, Prompt
     from workers.api import Delta
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Live:
+    """One try at a request; while another runs beside it, that is its `rival`."""
+
     ask: Ask
     state: life.State
     progress_at: float
+    rival: Live | None = None
+    placement: Placement | None = None
+    """Where it was placed last."""
     wire_id: str = ""
     """Of this attempt's decode phase; its prefill phase has `PREFILL_SUFFIX` behind it."""
     prompt_extras: bytes | None = None
@@ -35,6 +40,8 @@ class Live:
     prompt: Prompt | None = None
     """As placement was last told, and when that was put together."""
     prompt_at: float = 0.0
+    over_budget: bool = False
+    """It was overdue when no second try could begin; counted once."""
     counted_on: tuple[str, ...] = ()
     """Workers whose accounts have it."""
     kv_tokens_expected: int = 0
@@ -42,6 +49,21 @@ class Live:
     kv_tokens: int = 0
     kv_tokens_counted: int = 0
     """Up to which the promise of blocks has been made good."""
+
+    def begin_try(self, number: int) -> None:
+        """Give it ids of its own: a late answer to a former try must not be taken for this one's.
+
+        What a former try's prefill said is of no more use.
+        """
+        request_id = self.ask.request_id
+        self.wire_id = request_id if number == 1 else f"{request_id}/{number}"
+        self.prompt_extras = self.cached_tokens = None
+
+    @property
+    def estimated_s(self) -> float:
+        """To the first token, from when it was placed; 0 when nothing is known."""
+        made = self.placement.estimate if self.placement else None
+        return made.ttft_s if made else 0.0
 
     @property
     def tokens_left(self) -> int:

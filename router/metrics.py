@@ -132,6 +132,12 @@ class QueueMetrics:
         for code, count in door.refused.items():
             refused.add_metric([code], count)
         yield refused
+        hedges = CounterMetricFamily(
+            "tandem_router_hedges_total", "Requests tried twice at once", labels=["outcome"]
+        )
+        for outcome, count in self._dispatch.patience.hedges.ended.items():
+            hedges.add_metric([outcome], count)
+        yield hedges
 
 
 class HandoffMetrics:

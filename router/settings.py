@@ -128,6 +128,12 @@ class RouterSettings(BaseSettings):
     tenant_shares: Shares | None = Field(
         None, description="of the queue, name=share with commas between; others 1"
     )
+    hedge_after_s: Seconds = Field(
+        2, description="how late a first token is, beside its estimate, before a second try"
+    )
+    hedge_ratio: float = Field(
+        0.05, ge=0, le=1, description="most such second tries, as a share of requests"
+    )
     body_bytes_max: Count = Field(4 * 1024 * 1024, description="most bytes of a request's body")
     bodies_bytes_max: Count = Field(
         256 * 1024 * 1024, description="most bytes of the bodies of all requests under way"
@@ -140,12 +146,17 @@ class RouterSettings(BaseSettings):
     idle_s: Seconds = Field(75, description="how long a connection is kept without a request")
     unread_s: Seconds = Field(30, description="longest that a client may leave answers unread")
     json_depth_max: Count = Field(64, description="deepest nesting of a body")
-    json_values_max: Count = Field(30_000, description="most values in a body, but token ids")
+    json_values_max: Count = Field(20_000, description="most values in a body, but token ids")
+    entries_max: Count = Field(3_000, description="most entries of a list or object in a body")
     token_ids_max: Count = Field(131_072, description="most token ids in a body")
-    text_chars_max: Count = Field(1_000_000, description="most characters of text in a body")
+    text_chars_max: Count = Field(600_000, description="most characters of text in a body")
     prompts_max: Count = Field(128, description="most prompts, or conversations, in a request")
     sequences_max: Count = Field(128, description="most sequences of a request: prompts times n")
-    messages_max: Count = Field(2_000, description="most messages in a request")
+    messages_max: Count = Field(
+        3_000, description="most messages in a request, and parts of them together"
+    )
+    input_items_max: Count = Field(256, description="most items in the input of /v1/responses")
+    tools_max: Count = Field(256, description="most tools of a request")
     stops_max: Count = Field(32, description="most stop strings of a request")
     stop_chars_max: Count = Field(256, description="longest stop string, or bad word")
     bad_words_max: Count = Field(256, description="most bad words of a request")

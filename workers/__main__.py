@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -32,6 +31,7 @@ from workers.models import ModelMissing, resolve_model
 from workers.orphans import guard
 from workers.server import Identity, Worker
 from workers.settings import WorkerSettings
+from workers.signals import ENDING, end_unheard
 
 if TYPE_CHECKING:
     from workers.engines.base import Engine
@@ -138,14 +138,15 @@ async def _serve(
         message_bytes_max=settings.message_bytes_max, silence_s=silence_s,
     )  # fmt: skip
     worker.attach(channel)
+    metrics.watch(channel)
     drain = Drain(worker, settings.drain_s, time.monotonic)
     http = HttpSide(settings.host, settings.http_port, worker, metrics, drain)
-    if settings.address_file:
-        write_addresses(settings.address_file, channel=channel.address, http=http.address)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         loop.add_signal_handler(number, stop.set)
+    if settings.address_file:
+        write_addresses(settings.address_file, channel=channel.address, http=http.address)
     try:
         async with asyncio.TaskGroup() as tasks:
             running = [
@@ -162,6 +163,7 @@ async def _serve(
     finally:
         engine.close()
         channel.close()
+        end_unheard(loop)
 
 
 async def _limit_loading(worker: Worker, load_s: float) -> None:

@@ -11,6 +11,7 @@ from workers.loop_hold import HOLD_BUCKETS_S, LoopHold
 
 if TYPE_CHECKING:
     from workers.api import Delta, Load, Phase
+    from workers.channel import Channel
 
 
 class Metrics:
@@ -75,6 +76,19 @@ class Metrics:
         )  # fmt: skip
         longest.set_function(lambda: self.loop_hold.longest_s)
         self._usage = Gauge("vllm:kv_cache_usage_perc", "KV cache usage, 0-1", registry=registry)
+
+    def watch(self, channel: Channel) -> None:
+        """Count what reaches its port and is not heard."""
+        for name, text, count in (
+            ("tandem_worker_malformed_messages", "Malformed", lambda: channel.malformed_total),
+            ("tandem_worker_failed_messages", "Not acted upon", lambda: channel.failed_total),
+            (
+                "tandem_worker_refused_handshakes",
+                "Without a known key",
+                lambda: channel.gate.refused_total if channel.gate else 0,
+            ),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(count)
 
     def accepted(self, phase: Phase) -> None:
         self._requests.labels(phase.value).inc()

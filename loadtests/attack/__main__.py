@@ -33,7 +33,7 @@ from loadtests.attack.report import as_json, print_report
 from loadtests.attack.scene import MODEL, Plan, Scene
 
 QUIET_S = 8.0
-QUIET_SHORT_S = 3.0
+QUIET_SHORT_S = 1.5
 
 
 def main() -> int:

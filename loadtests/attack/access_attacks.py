@@ -188,7 +188,9 @@ async def others_records(scene: Scene, tally: Tally) -> None:
     body = {"model": scene.plan.model, "prompt": "Mine.", "max_tokens": 2}
     async with scene.session(KEY) as session:
         _, answer = await ask(session, tally, "/v1/completions", json=body)
-    mine = json.loads(answer)["id"]
+        mine = json.loads(answer)["id"]
+        status, _ = await ask(session, tally, f"/tandem/requests/{mine}", "GET")
+        tally.expect(status == 200, f"a client's own record: {status}")
     async with scene.session(OTHER_KEY) as session:
         for name in (mine, mine[:-2], mine[5:], "0", "cmpl-", "a"):
             status, answer = await ask(session, tally, f"/tandem/requests/{name}", "GET")

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-TOKENS = 60
+TOKENS = 40
 LOOK_PATH = "/readyz"
 LOOK_S = 0.005
 """Between two looks at it: what it waits for is the router's event loop."""
@@ -174,6 +174,7 @@ async def _watch_loop(url: str, log: Log) -> None:
                 await asyncio.sleep(LOOK_S)
         except (OSError, asyncio.IncompleteReadError) as error:
             log.looks_failed.append((at, type(error).__name__))
+            log.holds.append((at, time.monotonic() - at))
             await asyncio.sleep(0.1)
 
 

@@ -161,12 +161,12 @@ async def half_closed(scene: Scene, tally: Tally) -> None:
     await asyncio.gather(*(one(body) for body in [whole, stream, part] * 33))
 
 
-@attack("aborts", "400 streams that their clients leave in the middle", short=True)
+@attack("aborts", "300 streams that their clients leave in the middle", short=True)
 async def aborts(scene: Scene, tally: Tally) -> None:
     body = _small(scene, stream=True, max_tokens=400, ignore_eos=True)
 
     async def one(number: int, session: aiohttp.ClientSession) -> None:
-        await asyncio.sleep(number * 0.01)
+        await asyncio.sleep(number * 0.008)
         try:
             async with session.post(_COMPLETIONS, json=body) as response:
                 tally.saw(response.status)
@@ -177,7 +177,7 @@ async def aborts(scene: Scene, tally: Tally) -> None:
             tally.saw("closed")
 
     async with scene.session() as session:
-        await asyncio.gather(*(one(n, session) for n in range(400)))
+        await asyncio.gather(*(one(n, session) for n in range(300)))
 
 
 @attack("pipelined", "1,000 requests on one connection before the first answer", limit_s=40)

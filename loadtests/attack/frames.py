@@ -68,8 +68,10 @@ class Dealer:
         self._context.term()
 
 
-async def push_frame(address: str, size: int) -> int:
+async def push_frame(address: str, size: int, hold_s: float = 0.0) -> int:
     """Send one frame of so many bytes as soon as ZMTP's greeting is over; bytes that were taken.
+
+    With `hold_s` all of it but its last MiB, and then nothing for so long.
 
     By a bare socket: libzmq would hold all of it in our own memory.
     """
@@ -86,9 +88,10 @@ async def push_frame(address: str, size: int) -> int:
             ready = b"\x05READY" + _property("Socket-Type", b"DEALER") + _property("Identity", b"")
             await loop.sock_sendall(connection, b"\x04" + bytes([len(ready)]) + ready)
             await loop.sock_sendall(connection, b"\x02" + size.to_bytes(8, "big"))
-            while taken < size:
+            while taken < size - (len(_PIECE) if hold_s else 0):
                 await loop.sock_sendall(connection, _PIECE)
                 taken += len(_PIECE)
+            await asyncio.sleep(hold_s)
     except (OSError, TimeoutError):
         pass
     finally:

@@ -73,7 +73,7 @@ async def measure(scene: Scene, attack: Attack, quiet_itl_s: float, *, timings: 
     others: dict[str, Any] = {"bad": 0, "troubles": [], "itl_ms_p99": 0.0, "hold_ms_max": 0.0}
     if not attack.last:
         others = await asyncio.to_thread(scene.others, began, ended)
-    cpu_s, kept_s = scene.router_cpu_s() - cpu_s, scene.others_cpu_s() - kept_s
+    cpu_s, kept_s = max(0.0, scene.router_cpu_s() - cpu_s), scene.others_cpu_s() - kept_s
     if kept_s > _KEPT_SHARE_MAX * (time.monotonic() - began) and timings:
         timings = False
         tally.notes.append(

@@ -122,7 +122,8 @@ class Scene:
         command = [
             sys.executable, "-m", "tandem", "router", "--model", self.plan.model, "--port", "0",
             "--workers", ",".join(w.channel for w in self.workers), "--max-model-len", "8192",
-            "--drain-s", "20", "--discover", "file", "--discover-file", str(self.peers_file),
+            "--drain-s", "20", "--api-docs", "--admin-port", "0",
+            "--discover", "file", "--discover-file", str(self.peers_file),
             *(["--api-key", KEY, OTHER_KEY] if self.plan.keys else []),
         ]  # fmt: skip
         return self._part(name, command, self._core)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loadtests.attack.scene import Scene
 
 HANDOFF_VERSION = 3
-_HUGE = 400 << 20
+_HUGE, _HELD = 400 << 20, 32 << 20
 
 
 @asynccontextmanager
@@ -116,6 +116,14 @@ async def _huge(tally: Tally, address: str, who: str) -> None:
 async def huge_frame(scene: Scene, tally: Tally) -> None:
     await _huge(tally, scene.workers[0].channel, "a worker")
     await _huge(tally, scene.handoff.channel, "the handoff port")
+    await _all_live(scene, tally)
+
+
+@attack("held-frames", "16 strangers at a worker with 31 MiB each of a frame that never ends")
+async def held_frames(scene: Scene, tally: Tally) -> None:
+    address = scene.workers[0].channel
+    taken = await asyncio.gather(*(push_frame(address, _HELD, hold_s=4.0) for _ in range(16)))
+    tally.notes.append(f"{sum(taken) >> 20} MiB taken")
     await _all_live(scene, tally)
 
 

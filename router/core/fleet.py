@@ -20,6 +20,9 @@ STALL_S = 60.0
 """A busy worker whose step counter stands still for this long is dead. Longer than any single
 step: a GPU's chunk takes a second at most, a CPU's 8,192-token chunk some ten."""
 
+DOUBT_S = 1.5
+"""A worker that was silent for so long, three times what it may be, gets no new requests while
+another can take them: it may be about to be found dead."""
 SPARE_SHARE = 8
 """One sequence in so many may be sent beyond what a worker runs at once: it waits there, so that
 the place of one that ends is taken in the next step, and not a message to and fro later."""
@@ -80,6 +83,12 @@ class WorkerView:
     """We were told that it is out of service: it gets new requests only if nobody else can."""
     leaving: bool = field(init=False, default=False)
     """We were told that it is gone: it gets none, whatever it says itself."""
+    silent: bool = field(init=False, default=False)
+    """It has said nothing for `DOUBT_S`."""
+    overdue_at: float = field(init=False, default=-inf)
+    """When a first token that it owes was last found overdue, while it brought nothing at all."""
+    brought_at: float = field(init=False, default=-inf)
+    """When it last brought something to any request."""
     last_resort: bool = field(init=False, default=False)
     """Nobody who is in service generates."""
     unreadable: frozenset[str] = frozenset()
@@ -107,6 +116,7 @@ class WorkerView:
             self.measured_at = now
         self.load = load
         self.heard_at = now
+        self.silent = False
         if self.unheard:
             for request_id in [r for r, (number, _) in self.unheard.items() if number <= heard]:
                 self._unheard_tokens -= self.unheard.pop(request_id)[1]
@@ -149,6 +159,32 @@ class WorkerView:
         self.resting, self.leaving = resting, leaving
         self._weigh()
 
+    def doubt(self, now: float) -> None:
+        """It owes somebody a first token."""
+        self.overdue_at = now
+        self._weigh()
+
+    def brought(self, now: float) -> None:
+        """It has answered a request, whichever."""
+        self.brought_at = now
+        if self.overdue_at != -inf:
+            self.overdue_at = -inf
+            self._weigh()
+
+    def listen(self, now: float) -> None:
+        """Whether it has fallen silent; whether it may be tried again."""
+        silent = now - self.heard_at > DOUBT_S
+        tried_again = self.overdue_at < now - UNMEASURED_S
+        if silent is not self.silent or (tried_again and self.overdue_at != -inf):
+            self.silent = silent
+            self.overdue_at = -inf if tried_again else self.overdue_at
+            self._weigh()
+
+    @property
+    def doubted(self) -> bool:
+        """It gets new requests only if nobody else can."""
+        return self.silent or self.overdue_at != -inf
+
     def resort(self, last: bool) -> None:
         """Whether it is all that there is."""
         if last is not self.last_resort:
@@ -163,7 +199,8 @@ class WorkerView:
     def _weigh(self) -> None:
         self.weighed += 1
         hello, load, rates = self.hello, self.load, self.rates
-        rests = self.leaving or (self.resting and not self.last_resort)
+        spared = self.resting or self.doubted
+        rests = self.leaving or (spared and not self.last_resort)
         accepts = () if load.draining or rests else ACCEPTS[hello.role]
         self.computes, self.generates = Phase.PREFILL in accepts, Phase.DECODE in accepts
         base, token_s, _, stream_s, context_s = rates.step.rates
@@ -206,10 +243,30 @@ class Fleet:
     def report(self, worker_id: str, load: Load, heard: int, now: float) -> None:
         """A worker's load arrived. Of an unknown worker it is ignored: it was lost meanwhile."""
         if view := self._views.get(worker_id):
-            drained = view.load.draining
+            before = view.load.draining, view.doubted
             view.report(load, heard, now)
-            if load.draining is not drained:
+            if before != (load.draining, view.doubted):
                 self._resort()
+
+    def brought(self, worker_id: str, now: float) -> None:
+        """A worker brought something to a request. An unknown one is ignored."""
+        if view := self._views.get(worker_id):
+            doubted = view.doubted
+            view.brought(now)
+            if doubted:
+                self._resort()
+
+    def doubt(self, worker_id: str, now: float) -> None:
+        """A worker owes a first token for too long. An unknown one is ignored."""
+        if view := self._views.get(worker_id):
+            view.doubt(now)
+            self._resort()
+
+    def listen(self, now: float) -> None:
+        """Find who has fallen silent, and who may be tried again."""
+        for view in self:
+            view.listen(now)
+        self._resort()
 
     def rest(self, worker_id: str, resting: bool, *, leaving: bool = False) -> None:
         """Give a worker no new requests, or some again. An unknown one is ignored.
@@ -256,7 +313,8 @@ class Fleet:
 
     def _resort(self) -> None:
         generating = any(
-            Phase.DECODE in ACCEPTS[view.hello.role] and not view.departing for view in self
+            Phase.DECODE in ACCEPTS[view.hello.role] and not (view.departing or view.doubted)
+            for view in self
         )
         for view in self:
             view.resort(not generating)

@@ -114,6 +114,17 @@ def sender(state: State) -> str | None:
     return state.prefill if isinstance(state, (Prefilling, Decoding)) else None
 
 
+def awaited(state: State) -> str | None:
+    """The worker from which the next tokens are to come, or what they need; None once the decode
+    worker has begun: nobody else can go on then."""
+    match state:
+        case Prefilling():
+            return state.prefill
+        case Decoding(said=0):
+            return state.decode
+    return None
+
+
 def is_on(state: State, worker: str) -> bool:
     """It would be touched by the worker's going: it computes or decodes there, or has KV there."""
     match state:
@@ -322,8 +333,7 @@ def _prefilling(state: Prefilling, event: Event) -> Step:
         case ClientGone() | Enough():
             return Ended(Outcome.CANCELLED), _call_off(state)
         case Stuck(waited_s):
-            late = TimedOut(waited_s=waited_s)
-            return Ended(Outcome.FAILED), (*_call_off(state), FailClient(late))
+            return _anew(state, state.prefill, TimedOut(waited_s=waited_s))
         case Lost():
             return state, ()
     raise AssertionError(f"{event} while {state}")
@@ -369,8 +379,13 @@ def _decoding(state: Decoding, event: Event) -> Step:
         case Enough():
             return Ended(Outcome.FINISHED), (AbortOn(state.decode), *_give_up_kv(state))
         case Stuck(waited_s):
-            effects = (AbortOn(state.decode), *_give_up_kv(state))
-            return Ended(Outcome.FAILED), (*effects, FailClient(TimedOut(waited_s=waited_s)))
+            called_off = (AbortOn(state.decode), *_give_up_kv(state))
+            late = TimedOut(waited_s=waited_s)
+            if not state.can_begin_anew:
+                return Ended(Outcome.FAILED), (*called_off, FailClient(late))
+            tries = state.tries.next(refused=False)
+            after, effects = _again(tries, state.decode, late, state.relayed)
+            return after, (*called_off, *effects)
     raise AssertionError(f"{event} while {state}")
 
 

@@ -34,6 +34,10 @@ class Limits:
     """Prompt and expected output, for each tenant."""
     tenant_burst_s: float = 10.0
     """A tenant that was quiet may ask for so many seconds of its rate at once."""
+    hedge_after_s: float = 2.0
+    """A first token so late, and by three times its estimate, is asked of another worker too."""
+    hedge_ratio: float = 0.05
+    """Most such second tries, as a share of requests; 0 for none."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """Of those tenants that have one; others have 1."""
     message_bytes: int = MESSAGE_BYTES_MAX

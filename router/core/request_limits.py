@@ -27,12 +27,15 @@ class RequestLimits:
     """Each is a setting of the router's, by the same name; docs/settings.md says what for."""
 
     json_depth_max: int = 64
-    json_values_max: int = 30_000
+    json_values_max: int = 20_000
+    entries_max: int = 3_000
     token_ids_max: int = 131_072
-    text_chars_max: int = 1_000_000
+    text_chars_max: int = 600_000
     prompts_max: int = 128
     sequences_max: int = 128
-    messages_max: int = 2_000
+    messages_max: int = 3_000
+    tools_max: int = 256
+    input_items_max: int = 256
     stops_max: int = 32
     stop_chars_max: int = 256
     bad_words_max: int = 256
@@ -77,7 +80,11 @@ def check_json_size(raw: bytes, limits: RequestLimits) -> None:
         raise _over("body", f"it has {strings} strings", limits, "json_values_max")
     values = sum(_marks(part) for part in plain.split(b'"')[::2])
     if values > most + limits.token_ids_max:
-        raise _over("body", f"it has {values} values", limits, "json_values_max")
+        raise OverLimit(
+            "body",
+            f"it has {values} values; at most {most} and {limits.token_ids_max} token ids are "
+            "served here (--json-values-max, --token-ids-max)",
+        )
 
 
 def _marks(raw: bytes) -> int:
@@ -115,6 +122,8 @@ def _check_tree(body: dict[str, Any], limits: RequestLimits) -> None:
             raise _over("body", f"it is nested {depth} deep", limits, "json_depth_max")
         below: list[Any] = []
         for container in level:
+            if len(container) > limits.entries_max and not _is_numbers(container):
+                _at_most(len(container), "entries in one list", "body", limits, "entries_max")
             if type(container) is dict:
                 _count_object(container, found, below)
             else:
@@ -123,6 +132,10 @@ def _check_tree(body: dict[str, Any], limits: RequestLimits) -> None:
         _at_most(found.values, "values", "body", limits, "json_values_max")
         _at_most(found.tokens, "token ids", "body", limits, "token_ids_max")
         _at_most(found.chars, "characters of text", "body", limits, "text_chars_max")
+
+
+def _is_numbers(container: Any) -> bool:
+    return type(container) is list and set(map(type, container)) <= {int, float}
 
 
 def _count_object(container: dict[str, Any], found: _Found, below: list[Any]) -> None:
@@ -173,8 +186,15 @@ def _check_prompts(body: dict[str, Any], limits: RequestLimits) -> int:
         if batch:
             _at_most(len(given), "conversations", field, limits, "prompts_max")
             count = max(count, len(given))
-        messages = sum(map(len, batch)) + len(given) - len(batch)
-        _at_most(messages, "messages", field, limits, "messages_max")
+        messages = [m for m in given if not isinstance(m, list)]
+        messages += [m for each in batch for m in each]
+        parts = [m.get("content") for m in messages if isinstance(m, dict)]
+        found = len(messages) + sum(len(p) for p in parts if isinstance(p, list))
+        _at_most(found, "messages and parts of messages", field, limits, "messages_max")
+        if field == "input":
+            _at_most(len(given), "items", field, limits, "input_items_max")
+    if isinstance(tools := body.get("tools"), list):
+        _at_most(len(tools), "tools", "tools", limits, "tools_max")
     return count
 
 

@@ -56,7 +56,7 @@ class Oracle:
 
     def _blocks_to_come(self, worker: SimWorker, request_id: str) -> int:
         """That this request is yet to take there."""
-        request = self._twin.request(request_id)
+        request = self._twin.request(request_id.partition("/")[0])  # Behind it is the try.
         settings = worker.plan.settings
         size, most = settings.block_tokens, settings.max_model_len
         tokens = min(request.input_tokens + request.output_tokens, most)

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from workers.api import KvSnapshot, Load, ToRouter, ToWorker
     from workers.engines.sim_blocks import Handoffs
 
-IDLE_INTERVAL_S: Final = 4.0
+IDLE_INTERVAL_S: Final = 1.0
 """One with nothing to do says so less often than a real one does, which nobody can tell: its load
-stays what it was, and silence begins at `SILENCE_S`."""
+stays what it was, and nobody doubts it before `router.core.fleet.DOUBT_S`."""
 
 
 class SimWorker:

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from deploy.local.group import LocalGroup
+from router.core.access import ROUTES
 from tests.asking import MODEL
 
 if TYPE_CHECKING:
@@ -24,7 +25,14 @@ CPU_S_MAX = 2.0
 """Of the router, for one request: CPU time, since how long it takes says what else runs here.
 Without limits each of those below took more."""
 USER = {"role": "user", "content": "hi"}
-TEXT, CHATS = "/v1/completions", "/v1/chat/completions/batch"
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+JSON_ROUTES = [
+    route.path
+    for route in ROUTES
+    if "POST" in route.methods
+    and not route.optional
+    and not route.path.endswith(("/ping", "/cancel"))
+]
 
 
 class Router:
@@ -61,7 +69,7 @@ def router() -> Iterator[Router]:
         found = Router(group)
         for _ in range(3):  # What comes first imports and compiles.
             assert found.post(TEXT, {"prompt": "x"}).status_code == 200
-            found.post(CHATS, {"messages": [[USER]]})
+            assert found.post(CHAT, {"messages": [USER]}).status_code == 200
             found.post(TEXT, {"prompt": "x", "structured_outputs": {"regex": "a|b"}})
         yield found
 
@@ -74,12 +82,17 @@ REFUSED: dict[str, tuple[str, Any, int, str]] = {
     "sequences": (TEXT, {"prompt": "x", "n": 16_384}, 400, "--sequences-max"),
     "prompts": (TEXT, {"prompt": ["x"] * 1_024, "n": 10}, 400, "--prompts-max"),
     "both": (TEXT, {"prompt": ["x"] * 100, "n": 10}, 400, "--sequences-max"),
-    "chats": (CHATS, {"messages": [[USER]] * 2_000}, 400, "--prompts-max"),
+    "chats": (CHAT, {"messages": [[USER]] * 2_000}, 400, "--prompts-max"),
+    "messages": (CHAT, {"messages": [USER] * 3_001}, 400, "--messages-max"),
     "body": (TEXT, b'{"prompt":"' + b"x" * 60_000_000 + b'"}', 413, "--body-bytes-max"),
     "numbers": (TEXT, b"[1" + b",1" * 1_900_000 + b"]", 400, "--json-values-max"),
     "objects": (TEXT, b'{"prompt":[{}' + b",{}" * 29_000 + b"]}", 400, "--prompts-max"),
     "nesting": (TEXT, b'{"a":' + b"[" * 900 + b"]" * 900 + b"}", 400, "--json-depth-max"),
     "regex": (TEXT, structured(regex="a|" * 200_000), 400, "--grammar-bytes-max"),
+    "tokens": ("/tokenize", {"prompt": "\u5b57" * 200_000}, 400, "--token-ids-max"),
+    "parts": (CHAT, {"messages": [{**USER, "content": [{}] * 10}] * 900}, 400, "--messages-max"),
+    "items": ("/v1/responses", {"input": [{"type": "x"}] * 200}, 400, "input[0]"),
+    "tools": (CHAT, {"messages": [USER], "tools": [{"a": 1}] * 9_000}, 400, "--tools-max"),
     "tokenize": ("/tokenize", {"prompt": "word " * 500_000}, 400, "--text-chars-max"),
     "detokenize": ("/detokenize", {"tokens": [7] * 200_000}, 400, "--token-ids-max"),
     "stop": (TEXT, {"prompt": "x", "stop": ["a"] * 10_000}, 400, "--stops-max"),
@@ -100,7 +113,7 @@ def test_a_request_beyond_a_limit_costs_next_to_nothing_and_is_told_which(
 
 
 def test_memory_is_back_after_the_largest_requests_that_are_served(router: Router) -> None:
-    largest = {"prompt": "word and " * 110_000}
+    largest = {"prompt": "word and " * 66_000}
     assert router.post("/tokenize", largest).status_code in (200, 400)
     before = router.resident()
     for _ in range(3):
@@ -152,3 +165,11 @@ def test_a_half_closed_client_s_request_is_cancelled(router: Router) -> None:
             pass
     text = router.client.get("/metrics").text
     assert 'tandem_router_requests_ended_total{error="",outcome="cancelled"} ' in text
+
+
+def test_each_route_that_takes_json_looks_at_its_size_first(router: Router) -> None:
+    deep = b'{"a":' + b"[" * 100 + b"]" * 100 + b"}"
+    for path in JSON_ROUTES:
+        answer = router.post(path, deep)
+        assert answer.status_code == 400, path
+        assert "--json-depth-max" in answer.text, path

@@ -74,6 +74,10 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterRig]:
 # ------------------------------------------------------------ routes and keys
 
 
+def path_of(route: Any) -> str:
+    return str(route.path)
+
+
 @pytest.mark.parametrize(("method", "path"), REMOVED, ids=[path for _, path in REMOVED])
 def test_route_that_is_not_served_is_not_found_with_or_without_a_key(
     rig: RouterRig, method: str, path: str
@@ -86,7 +90,7 @@ def test_route_that_is_not_served_is_not_found_with_or_without_a_key(
 
 
 @pytest.mark.parametrize(
-    "route", [r for r in ROUTES if r.access is not Access.OPEN and not r.optional], ids=str
+    "route", [r for r in ROUTES if r.access is not Access.OPEN and not r.optional], ids=path_of
 )
 def test_route_that_is_not_open_needs_a_key(rig: RouterRig, route: Any) -> None:
     path = route.path.replace("{", "").replace("}", "")
@@ -99,7 +103,7 @@ def test_route_that_is_not_open_needs_a_key(rig: RouterRig, route: Any) -> None:
             assert error_of(answer)["type"] == "invalid_api_key"
 
 
-@pytest.mark.parametrize("route", [r for r in ROUTES if r.access is Access.OPEN], ids=str)
+@pytest.mark.parametrize("route", [r for r in ROUTES if r.access is Access.OPEN], ids=path_of)
 def test_probe_needs_no_key(rig: RouterRig, route: Any) -> None:
     with rig.client() as client:
         assert {client.request(m, route.path).status_code for m in route.methods} == {200}

@@ -151,7 +151,7 @@ class Cluster:
             if now - link.heard_at > NOTICED_S:
                 raise Violation(f"{router.name} still counts on {link.address}, long silent")
         for view in router.dispatch.fleet:
-            if extra := {*view.promised, *view.unheard} - waiting:
+            if extra := {key.split("/")[0] for key in (*view.promised, *view.unheard)} - waiting:
                 raise Violation(f"{router.name} counts ended requests on {view.id}: {extra}")
 
     def _on_exception(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from router.core.compat import RouterFacts
@@ -277,8 +278,9 @@ class RouterHost:
         reserve = dict(zip(plan.routers, plan.reserves, strict=True))[name]
         policy = EstimatePolicy(plan.disaggregate)
         self.dispatch = Dispatch(
-            self._send, self.clients, network.loop.time, reserve=reserve, policy=policy
-        )
+            self._send, self.clients, network.loop.time, reserve=reserve, policy=policy,
+            make_handle=partial(next, (f"{name}-handle-{n}" for n in count())),
+        )  # fmt: skip
         self.clients.dispatch = self.dispatch
         self.links = SimLinks(network, self.process, self.dispatch, model)
         for worker in plan.workers:

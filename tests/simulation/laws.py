@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from router.core.blocks import next_link, root
 from router.core.caches import ASK_INTERVAL_S
 from router.core.errors import TenantOverRate
+from router.core.fleet import UNMEASURED_S
 from router.core.placement import Disaggregate, EstimatePolicy
 from router.dispatch import Ask
 from tests.simulation.cluster import MENDS_S
@@ -32,6 +33,8 @@ LOST_S = 200.0
 nothing of any request for so long."""
 ATTEMPTS = 3
 """As docs/architecture.md has it."""
+DOUBTED_S = UNMEASURED_S + 2.0
+"""A worker that was late is tried again within this."""
 RELEASED_S = 2.0
 """Without faults, nothing is kept for longer than messages and a pull take."""
 
@@ -107,6 +110,8 @@ async def every_worker_is_used_again(cluster: Cluster) -> None:
     roles = [h.plan.role for h in cluster.live_workers]
     if not set(roles) & {Role.DECODE, Role.MIXED}:
         return
+    if any(w.doubted for r in cluster.live_routers for w in r.dispatch.fleet):
+        await cluster.until(cluster.loop.time() + DOUBTED_S)
     for router in cluster.live_routers:
         await cluster.until(
             cluster.loop.time() + 2 * LOAD_INTERVAL_S

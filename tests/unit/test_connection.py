@@ -250,11 +250,15 @@ def test_a_connection_that_says_nothing_is_closed_and_one_that_dawdles_is_told_w
 
 def test_a_connection_kept_without_a_request_is_closed_in_time() -> None:
     async def test() -> None:
-        async with served(replace(PATIENT, idle_s=SOON_S)) as (_, connect):
+        # uvicorn by itself waits for 5 s, and so for longer than for a silent connection here.
+        async with served(replace(PATIENT, idle_s=SOON_S, header_s=8 * SOON_S)) as (_, connect):
             client = await connect()
             client.send(GET)
             assert (await client.answer())[0] == 200
+            silent = asyncio.create_task((await connect()).ended())
             assert await client.ended()
+            assert not silent.done()
+            assert await silent
 
     run(test)
 
@@ -337,6 +341,37 @@ def test_a_body_sent_ahead_is_not_late_while_it_has_to_wait() -> None:
             front.hold.set()
             assert (await client.answer())[0] == 200
             assert (await client.code())[:2] == (408, "request_timeout")
+
+    run(test)
+
+
+def test_a_client_that_sends_far_ahead_of_the_answers_is_reset() -> None:
+    async def test() -> None:
+        async with served(PATIENT) as (front, connect):
+            client = await connect()
+            client.send(GET * 16)
+            for _ in range(16):
+                assert (await client.answer())[0] == 200
+            front.hold.clear()
+            client.send(GET * 1_000)
+            assert await client.ended()
+            assert len(front.asked) == 17
+
+    run(test)
+
+
+def test_a_body_of_tiny_chunks_is_refused_and_one_of_small_ones_is_not() -> None:
+    async def test() -> None:
+        head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+        roomy = replace(PATIENT, body_bytes_max=1_000_000)
+        async with served(roomy) as (_, connect):
+            client = await connect()
+            client.send(head + b"1\r\na\r\n" * 4_000 + b"0\r\n\r\n")
+            assert await client.answer() == (200, b"4000")
+            client.send(head + b"20\r\n%s\r\n" % (b"a" * 32) * 10_000 + b"0\r\n\r\n")
+            assert await client.answer() == (200, b"320000")
+            client.send(head + b"1\r\na\r\n" * 20_000 + b"0\r\n\r\n")
+            assert (await client.code())[:2] == (400, "bad_http")
 
     run(test)
 

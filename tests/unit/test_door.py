@@ -15,7 +15,7 @@ from router.core.admission import PATIENCE_S
 from router.core.errors import ObjectiveOutOfReach, Overloaded, QueueFull, TenantOverRate
 from router.core.limits import Limits
 from router.dispatch import Dispatch
-from router.door import PUMP_S
+from router.door import PUMP_S, TURNS_MAX
 from tests.unit.test_admission import at_rest
 from tests.unit.test_dispatch import Fakes, hello
 from workers.api import SILENCE_S, Batch, Delta, Finish, Generate, Load, Role, WorkerHello
@@ -277,3 +277,18 @@ def test_whatever_comes_and_goes_budgets_return_to_zero_and_none_waits_past_the_
     for name in list(f.dispatch._live):
         f.end(name)
     assert rests(f)
+
+
+def test_many_for_whom_there_is_room_are_let_in_a_part_at_a_time() -> None:
+    """All of them at once would hold up every stream for as long as they take to place."""
+    f = Small("d")
+    for name in ("one", "two"):
+        f.ask(name, BLOCKS // 2)
+    for n in range(90):
+        f.dispatch.submit(Ask(f"r{n}", [1], 1))
+    assert f.begun() == ["one", "two"]
+    f.now = 1.0
+    f.step("d", *(Delta(name, [7], Finish.STOP) for name in ("one", "two")))
+    assert len(f.begun()) == 2 + TURNS_MAX
+    f.step("d")  # At once: those who are left wait for no interval.
+    assert len(f.begun()) == 2 + 90

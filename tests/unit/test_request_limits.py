@@ -21,7 +21,7 @@ from router.core.request_limits import (
 LIMITS = RequestLimits(
     json_depth_max=8, json_values_max=40, token_ids_max=50, text_chars_max=150, prompts_max=4,
     sequences_max=6, messages_max=5, stops_max=2, stop_chars_max=8, bad_words_max=3,
-    logit_bias_max=4, grammar_bytes_max=60,
+    logit_bias_max=4, input_items_max=3, tools_max=2, entries_max=30, grammar_bytes_max=60,
 )  # fmt: skip
 USER = {"role": "user", "content": "hi"}
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["b" * 60]}}}
@@ -33,8 +33,14 @@ def nested(depth: int) -> Any:
 
 OVER: list[tuple[dict[str, Any], str, str]] = [
     ({"a": nested(8)}, "body", "json_depth_max"),
-    ({"a": [{}] * 41}, "body", "json_values_max"),
-    ({"a": {str(i): i for i in range(41)}}, "body", "json_values_max"),
+    ({"a": [[{}] * 21] * 2}, "body", "json_values_max"),
+    ({"a": [{str(i): i for i in range(21)}] * 2}, "body", "json_values_max"),
+    ({"a": [{}] * 31}, "body", "entries_max"),
+    ({"a": [*range(30), "x"]}, "body", "entries_max"),
+    ({"a": {str(i): i for i in range(31)}}, "body", "entries_max"),
+    ({"tools": [{}] * 3}, "tools", "tools_max"),
+    ({"messages": [{"content": [{}] * 5}]}, "messages", "messages_max"),
+    ({"input": [{"content": [{}, {}]}] * 2}, "input", "messages_max"),
     ({"prompt": [1] * 51}, "body", "token_ids_max"),
     ({"prompt": [[1] * 26] * 2}, "body", "token_ids_max"),
     ({"prompt": "x" * 151}, "body", "text_chars_max"),
@@ -48,7 +54,7 @@ OVER: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [[USER]] * 5}, "messages", "prompts_max"),
     ({"messages": [USER] * 6}, "messages", "messages_max"),
     ({"messages": [[USER] * 3] * 2}, "messages", "messages_max"),
-    ({"input": [USER] * 6}, "input", "messages_max"),
+    ({"input": [USER] * 4}, "input", "input_items_max"),
     ({"n": 7}, "n", "sequences_max"),
     ({"n": "7"}, "n", "sequences_max"),
     ({"n": 7.0}, "n", "sequences_max"),

@@ -18,7 +18,7 @@ from kvtransfer.transports.collective import CollectiveTransport
 from kvtransfer.transports.collective_offer import Description
 from kvtransfer.transports.strangers import STRANGERS_MAX, Deadline, Strangers, accept_each
 from kvtransfer.transports.tcp import TcpTransport
-from kvtransfer.transports.tcp_wire import TcpDescription
+from kvtransfer.transports.tcp_wire import HELLO, TcpDescription
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,11 +65,10 @@ def test_hello_that_trickles_is_cut_off_at_its_deadline(
 ) -> None:
     monkeypatch.setattr(tcp_sender, "HELLO_S", 0.3)
     with socket.create_connection(("127.0.0.1", port_of(offer.description))) as slow:
-        slow.sendall(b"T")
         slow.settimeout(0.05)
-        for _ in range(200):  # Each byte alone is in time.
+        for _ in range(HELLO.size - 1):  # Each byte alone is in time, and the hello is never whole.
             try:
-                slow.sendall(b"K")
+                slow.sendall(b"T")
                 if not slow.recv(1):
                     return
             except TimeoutError:

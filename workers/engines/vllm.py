@@ -26,6 +26,7 @@ from workers.engines.vllm_requests import (
     embeddings_max,
     warm_up_request,
 )
+from workers.loop_hold import TURN_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -210,8 +211,14 @@ class VllmEngine:
     # ------------------------------------------------------------ in
 
     async def _send(self) -> None:
+        until = time.monotonic() + TURN_S
         while True:
             command = await self._commands.get()
+            # Neither this queue nor the engine's socket ever waits while there is work: a flood of
+            # prompts would hold all streams up.
+            if time.monotonic() >= until:
+                await asyncio.sleep(0)
+                until = time.monotonic() + TURN_S
             if isinstance(command, list):
                 await self._core.abort_requests_async(command)
                 continue
