@@ -31,6 +31,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from router.asker import AccessRules, asker
 from router.core.access import ROUTES
 from router.core.conversation import name_for, roles_in, trouble
+from router.core.errors import TenantOverRate
 from router.core.request_limits import OverLimit, check_request
 from router.engine import Broken
 from router.guard import GuardMiddleware, error_response
@@ -350,7 +351,8 @@ def _named(message: msgspec.Struct) -> Any:
 
 def _not_ready(dispatch: Dispatch) -> str | None:
     error = dispatch.trouble()
-    return None if error is None else str(error)
+    # Whoever names no tenant shares one: that it is over its rate says nothing of the router.
+    return None if error is None or isinstance(error, TenantOverRate) else str(error)
 
 
 def _degraded(dispatch: Dispatch) -> str | None:
