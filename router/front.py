@@ -256,9 +256,10 @@ async def _check_items(items: list[Any]) -> None:
         try:
             ResponsesRequest.model_validate({"input": [item]})
         except ValidationError as error:
-            raise VLLMValidationError(
-                f"input[{at}]: this is no item that a response can follow", parameter=f"input.{at}"
-            ) from error
+            what = "this is no item that a response can follow"
+            if isinstance(item, dict) and "type" not in item and "role" not in item:
+                what = "an item needs a type, a message a role"
+            raise VLLMValidationError(f"input[{at}]: {what}", parameter=f"input.{at}") from error
         if at % 8 == 7:
             await asyncio.sleep(0)
 

@@ -71,7 +71,8 @@ def router() -> Iterator[Router]:
             assert found.post(TEXT, {"prompt": "x"}).status_code == 200
             assert found.post(CHAT, {"messages": [USER]}).status_code == 200
             found.post(TEXT, {"prompt": "x", "structured_outputs": {"regex": "a|b"}})
-        yield found
+        with found.client:
+            yield found
 
 
 def structured(**given: Any) -> dict[str, Any]:

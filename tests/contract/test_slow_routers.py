@@ -13,7 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import httpx
 import pytest
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(300)
 
-SIMULATED = ["--engine", "sim", "--max-model-len", "2048", "--sim-step-ms", "40"]
+# Simulated engines in two processes can't tell each other that a handoff is over: leases end.
+SIMULATED = ["--engine", "sim", "--max-model-len", "2048", "--sim-step-ms", "40", "--lease-s", "8"]
 MODEST = [*SIMULATED, "--sim-blocks", "60000"]
 TOKENS = 300
 """Twelve seconds of them: they begin before a router is stopped, and end after it is resumed."""
@@ -54,6 +55,13 @@ class Streams:
         self._client = httpx.Client(limits=httpx.Limits(max_connections=None), timeout=120)
         self._pool = ThreadPoolExecutor(count)
         self._asked = [self._pool.submit(self._follow, n) for n in range(count)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._client.close()  # What still streams ends in an error.
+        self._pool.shutdown()
 
     def await_begun(self) -> None:
         """Until each has its first token."""
@@ -113,26 +121,27 @@ def thread_stopped(tid: int) -> Iterator[None]:
 
 def test_a_router_stopped_for_8_s_and_resumed_loses_nothing(group: LocalGroup) -> None:
     assert group.router is not None
-    streams = Streams(group.url, 8, TOKENS)
-    streams.await_begun()
-    os.kill(group.router.pid, signal.SIGSTOP)
-    time.sleep(PAUSE_S)
-    os.kill(group.router.pid, signal.SIGCONT)
-    assert streams.texts_at_end() == streams.expected()
+    with Streams(group.url, 8, TOKENS) as streams:
+        streams.await_begun()
+        os.kill(group.router.pid, signal.SIGSTOP)
+        time.sleep(PAUSE_S)
+        os.kill(group.router.pid, signal.SIGCONT)
+        assert streams.texts_at_end() == streams.expected()
     await_free(group, 10)
 
 
 def test_a_router_whose_loop_is_held_up_for_10_s_loses_nothing(group: LocalGroup) -> None:
     assert group.router is not None
-    streams = Streams(group.url, 8, TOKENS)
-    streams.await_begun()
-    with thread_stopped(group.router.pid):  # The main thread's id is the process's.
-        time.sleep(10)
-    got = streams.texts_at_end()
-    told = httpx.get(f"{group.url}/metrics").text
-    held = [line for line in told.splitlines() if line.startswith("tandem_router_loop_hold_longe")]
-    assert float(held[0].split()[1]) > SILENCE_S
-    assert got == streams.expected()
+    with Streams(group.url, 8, TOKENS) as streams:
+        streams.await_begun()
+        with thread_stopped(group.router.pid):  # The main thread's id is the process's.
+            time.sleep(10)
+        got = streams.texts_at_end()
+        told = httpx.get(f"{group.url}/metrics").text
+        longest = "tandem_router_loop_hold_longest"
+        held = [line for line in told.splitlines() if line.startswith(longest)]
+        assert float(held[0].split()[1]) > SILENCE_S
+        assert got == streams.expected()
     await_free(group, 10)
 
 
@@ -151,7 +160,8 @@ def test_400_streams_survive_on_a_third_of_a_core(group: LocalGroup) -> None:
     throttling = threading.Thread(target=throttle)
     throttling.start()
     try:
-        texts = Streams(group.url, 400, 100).texts_at_end()
+        with Streams(group.url, 400, 100) as streams:
+            texts = streams.texts_at_end()
     finally:
         done.set()
         throttling.join()
@@ -162,10 +172,10 @@ def test_400_streams_survive_on_a_third_of_a_core(group: LocalGroup) -> None:
 
 def test_a_killed_router_s_blocks_are_free_within_seconds(group: LocalGroup) -> None:
     assert group.router is not None
-    streams = Streams(group.url, 4, 1500)
-    streams.await_begun()
-    assert metrics(group, "decode-0")["vllm:num_requests_running"] == 4
-    os.kill(group.router.pid, signal.SIGKILL)
+    with Streams(group.url, 4, 1500) as streams:
+        streams.await_begun()
+        assert metrics(group, "decode-0")["vllm:num_requests_running"] == 4
+        os.kill(group.router.pid, signal.SIGKILL)
     assert group.router.process is not None
     group.router.process.wait()
     await_free(group, ROUTER_SILENCE_S / 2)  # A second where the machine is idle.
