@@ -82,13 +82,16 @@ class Zmtp:
         _, size = self._heard(2)
         self._heard(size)
 
-    def pour(self, size: int, flags: int = 2) -> int:
-        """A frame of this size, zeros; how much of it was taken before the line was cut."""
-        sent, chunk = 0, bytes(1 << 20)
+    def pour(self, size: int, flags: int = 2, taken: int | None = None) -> int:
+        """A frame of this size, zeros; how much of it was taken before the line was cut.
+
+        With `taken` only so much of it is sent, and the rest is left open.
+        """
+        sent, chunk, most = 0, bytes(1 << 20), size if taken is None else taken
         try:
             self._socket.sendall(bytes([flags]) + size.to_bytes(8, "big"))
-            while sent < size:
-                sent += self._socket.send(chunk[: size - sent])
+            while sent < most:
+                sent += self._socket.send(chunk[: most - sent])
         except (TimeoutError, ConnectionError):
             return sent
         return sent

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
 import zmq
@@ -21,6 +23,7 @@ from workers.api import (
 from workers.gate import Gate
 from workers.logs import LimitedLog
 from workers.loop_hold import TURN_S
+from workers.newcomers import Newcomers
 from workers.parts import parts
 
 if TYPE_CHECKING:
@@ -76,11 +79,14 @@ class Channel:
         # A stopped router answers no heartbeats, and goes on when it is resumed.
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(silence_s * 1000))
         self.gate = Gate(self._context, keys) if keys else None
+        self._waiting: deque[list[bytes]] = deque()
+        self.newcomers = Newcomers(self._socket, message_bytes_max, self._hear_all)
         try:
             if self.gate:
                 self.gate.guard(self._socket)
             self._socket.bind(f"tcp://{host}:{port or '*'}")
         except zmq.ZMQError:
+            self.newcomers.close()
             self._socket.close(linger=0)
             if self.gate:
                 self.gate.close()
@@ -112,6 +118,7 @@ class Channel:
         return list(parts(message, self._message_bytes_max)) if isinstance(message, Batch) else []
 
     def close(self) -> None:
+        self.newcomers.close()
         self._loop.remove_reader(self._descriptor)
         self._socket.close()
         if self.gate:
@@ -128,11 +135,31 @@ class Channel:
         until = time.monotonic() + TURN_S
         while time.monotonic() < until:
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._next()
             except zmq.Again:
                 return
             self._take(frames)
         self._loop.call_soon(self._receive)
+
+    def _next(self) -> list[bytes]:
+        """Raises zmq.Again."""
+        return self._waiting.popleft() if self._waiting else self._from_socket()
+
+    def _from_socket(self) -> list[bytes]:
+        frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        self.newcomers.heard(frames[-1])
+        return [frame.bytes for frame in frames]
+
+    def _hear_all(self) -> None:
+        """Take all that waits off the socket, so that who has spoken is taken for no stranger.
+
+        What that is, is bounded by what may wait of each router. It is acted upon in turns.
+        """
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._waiting.append(self._from_socket())
+        if self._waiting:
+            self._loop.call_soon(self._receive)
 
     def _take(self, frames: list[bytes]) -> None:
         try:

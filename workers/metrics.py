@@ -87,6 +87,11 @@ class Metrics:
                 "Without a known key",
                 lambda: channel.gate.refused_total if channel.gate else 0,
             ),
+            (
+                "tandem_worker_strangers_ended",
+                "Connections that said nothing",
+                lambda: channel.newcomers.ended_total,
+            ),
         ):
             Gauge(name, text, registry=self.registry).set_function(count)
 

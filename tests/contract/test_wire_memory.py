@@ -19,6 +19,7 @@ from tests.contract.handoff_rig import Prefill, Sends
 from tests.contract.transport_rig import Remote
 from tests.hostile import Zmtp
 from workers.api import MESSAGE_BYTES_MAX, Heartbeat, RouterHello, decode_to_router, encode
+from workers.newcomers import HELD_BYTES_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +36,19 @@ def resident(pid: int) -> int:
 
 def grown(pid: int, before: int) -> int:
     return resident(pid) - before
+
+
+def greeted(channel: str) -> bool:
+    """Whether the worker there answers a router."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as router:
+        router.setsockopt(zmq.LINGER, 0)
+        router.connect(channel)
+        router.send(encode(RouterHello(4, "r", None, None)))
+        if not router.poll(10_000):
+            return False
+        decode_to_router(router.recv())
+        router.send(encode(Heartbeat()))
+        return True
 
 
 @pytest.fixture(params=["plain", "curve"])
@@ -83,13 +97,7 @@ def test_frame_of_400_mb_is_cut_off_after_the_handshake(worker: Part) -> None:
     assert stranger.pour(POURED) < POURED / 4
     stranger.close()
     assert grown(worker.pid, before) < GROWN_MAX
-    with zmq.Context() as context, context.socket(zmq.DEALER) as router:
-        router.setsockopt(zmq.LINGER, 0)
-        router.connect(worker.channel)
-        router.send(encode(RouterHello(4, "r", None, None)))
-        assert router.poll(10_000), "it serves routers all the same"
-        decode_to_router(router.recv())
-        router.send(encode(Heartbeat()))
+    assert greeted(worker.channel)
 
 
 def test_frame_of_400_mb_is_cut_off_by_the_handoffs_port() -> None:
@@ -124,3 +132,17 @@ def test_many_frames_of_the_largest_size_leave_no_memory_behind(worker: Part) ->
     while (growth := grown(worker.pid, before)) > 3 * MESSAGE_BYTES_MAX:
         assert time.monotonic() < until, f"{growth >> 20} MB stay"
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("worker", ["plain"], indirect=True)
+def test_strangers_with_unfinished_frames_hold_a_bounded_memory_together(worker: Part) -> None:
+    before, held = resident(worker.pid), []
+    for _ in range(3 * HELD_BYTES_MAX // MESSAGE_BYTES_MAX):
+        stranger = Zmtp(worker.channel)
+        stranger.ready()
+        stranger.pour(MESSAGE_BYTES_MAX - 1, taken=MESSAGE_BYTES_MAX - 2)
+        held.append(stranger)
+        assert grown(worker.pid, before) < HELD_BYTES_MAX + 2 * MESSAGE_BYTES_MAX
+    assert greeted(worker.channel)
+    for stranger in held:
+        stranger.close()
