@@ -27,7 +27,7 @@ from router.core.request_limits import RequestLimits
 from router.no_engine import NoEngine
 from router.outcome import Outcome, outcome
 from router.plain import PlainStreams
-from router.preparing import BoundedPool, GrammarCheck, Turns
+from router.preparing import BoundedPool, GrammarCheck, Turns, leave_place
 from workers.api import Delta, Finish
 from workers.vllm_codec import decode_extras, encode_contents, encode_request, items_of
 
@@ -163,6 +163,7 @@ class DisaggregatedEngine(NoEngine):
             except RouterError as error:
                 ended = True
                 raise Refusal(error) from error
+            leave_place()
             while not ended:
                 piece = await stream.next()
                 ended = piece.finish is not None
@@ -195,6 +196,7 @@ class DisaggregatedEngine(NoEngine):
                 begun.append(child.request_id)
                 self.output_processor.add_request(child, text, parent, index, queue)
                 self.dispatch.submit(_ask(child, contents))
+                leave_place()
         except BaseException as error:
             self.output_processor.abort_requests(begun, internal=True)
             self.dispatch.cancel(begun)

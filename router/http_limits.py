@@ -8,6 +8,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from router.core.request_limits import OverLimit, check_json_size, check_request_id
+from router.preparing import Places, place
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +21,7 @@ class BodyLimits:
 
     def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         self._app, self._limits = app, limits
+        self._places = Places()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -27,15 +29,22 @@ class BodyLimits:
             return
         try:
             check_request_id(Headers(scope=scope).get("x-request-id"), "X-Request-Id")
-            if scope["method"] in ("POST", "PUT", "PATCH"):
-                receive = await self._checked(receive)
+            if scope["method"] not in ("POST", "PUT", "PATCH"):
+                await self._app(scope, receive, send)
+                return
+            receive = await self._checked(receive)
         except OverLimit as over:
             error = {
                 "message": str(over), "type": "BadRequestError", "param": over.field, "code": 400
             }  # fmt: skip
             await JSONResponse({"error": error}, 400)(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        mine = await self._places.take()
+        place.set(mine)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            mine.leave()
 
     async def _checked(self, receive: Receive) -> Receive:
         """The same messages again, with the body in one of them. Raises `OverLimit`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future
+from contextvars import ContextVar
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,6 +38,56 @@ class Turns:
             if monotonic() - self._since > SLICE_S:
                 await asyncio.sleep(0)
                 self._since = monotonic()
+
+
+AT_ONCE: Final = 4
+HELD_S: Final = 0.05
+"""A place is given on after so long: who waits for a thread, or an image's server, needs none."""
+
+
+class Places:
+    """So few requests at once are parsed, checked and rendered; the others wait in their order.
+
+    Each of those steps takes a few milliseconds of the loop. With hundreds of requests at it, one
+    round of the loop would take a second, and every stream's tokens would wait for it.
+    """
+
+    def __init__(self, at_once: int = AT_ONCE, held_s: float = HELD_S) -> None:
+        self._free = asyncio.Semaphore(at_once)
+        self._held_s = held_s
+
+    async def take(self) -> Place:
+        """Return when it is this request's turn; the place is to be given back by `leave`."""
+        await self._free.acquire()
+        place = Place(self._free)
+        place.timer = asyncio.get_running_loop().call_later(self._held_s, place.leave)
+        return place
+
+
+class Place:
+    """One request's."""
+
+    def __init__(self, free: asyncio.Semaphore) -> None:
+        self._free: asyncio.Semaphore | None = free
+        self.timer: asyncio.TimerHandle | None = None
+
+    def leave(self) -> None:
+        """Give it to the next request; once, however often it is called."""
+        if self._free is not None:
+            self._free.release()
+            self._free = None
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+place: ContextVar[Place | None] = ContextVar("place", default=None)
+"""The running request's, until it is submitted."""
+
+
+def leave_place() -> None:
+    """Call this when a request has been submitted: what follows is its stream."""
+    if (mine := place.get()) is not None:
+        mine.leave()
 
 
 STUCK_MAX: Final = 4

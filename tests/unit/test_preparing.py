@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from router.core.errors import GrammarTooSlow, PreparingFull
-from router.preparing import SLICE_S, STUCK_MAX, BoundedPool, GrammarCheck, Turns
+from router.preparing import SLICE_S, STUCK_MAX, BoundedPool, GrammarCheck, Places, Turns
 
 
 def test_sequences_of_one_request_let_other_work_of_the_loop_in_between() -> None:
@@ -139,5 +139,61 @@ def test_a_client_gone_while_its_grammar_waits_lets_others_through() -> None:
         await asyncio.gather(running, waiting, return_exceptions=True)
         assert await checks.run(lambda: 5) == 5
         go.set()
+
+    asyncio.run(test())
+
+
+def test_few_requests_have_a_place_at_once_and_the_others_come_in_their_order() -> None:
+    async def test() -> None:
+        places, begun = Places(at_once=2, held_s=60.0), []
+        resume = asyncio.Event()
+
+        async def request(number: int) -> None:
+            mine = await places.take()
+            begun.append(number)
+            await resume.wait()
+            mine.leave()
+            mine.leave()  # At the end of the request again.
+
+        asked = [asyncio.create_task(request(n)) for n in range(6)]
+        await asyncio.sleep(0.01)
+        assert begun == [0, 1]
+        resume.set()
+        await asyncio.gather(*asked)
+        assert begun == [0, 1, 2, 3, 4, 5]
+        await places.take()
+        await places.take()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await places.take()
+
+    asyncio.run(test())
+
+
+def test_place_of_a_request_that_waits_for_long_is_given_on() -> None:
+    async def test() -> None:
+        places = Places(at_once=1, held_s=0.01)
+        slow = await places.take()
+        await places.take()
+        slow.leave()  # It has none to give any more.
+        third = asyncio.create_task(places.take())
+        await asyncio.sleep(0)
+        assert not third.done()
+        await third
+
+    asyncio.run(test())
+
+
+def test_request_that_gives_up_waiting_for_a_place_takes_none() -> None:
+    async def test() -> None:
+        places = Places(at_once=1, held_s=60.0)
+        first = await places.take()
+        waiting = asyncio.create_task(places.take())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        first.leave()
+        async with asyncio.timeout(1):
+            await places.take()
 
     asyncio.run(test())
