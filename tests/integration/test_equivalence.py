@@ -27,12 +27,9 @@ AT_ONCE = 4
 
 LENGTHS = [1, 2, 5, 17, 64, 100, 126, 127, 128, 129, 130, 200, 255, 256, 257, 300, 383, 384, 385,
            450, 512, 513, 640, 700, 768, 900, 1023, 1024, 1025, 1200, 1300, 1500]  # fmt: skip
-SOME_LENGTHS = [2, 17, 126, 127, 128, 129, 256, 257, 385, 512, 700, 1023, 1024, 1025, 1300]
-"""Over the other transports: `make test-long` has time for all."""
-
-
-def lengths_over(transport: str) -> list[int]:
-    return LENGTHS if transport == "ucx" or EVERYTHING else SOME_LENGTHS
+SOME_LENGTHS = [2, 17, 127, 128, 129, 256, 257, 385, 700, 1025]
+"""`make test-long` has time for all, and tests/architectures asks tiny models many more."""
+ASKED = LENGTHS if EVERYTHING else SOME_LENGTHS
 
 
 def body_of(length: int, salt: str, **options: Any) -> dict[str, Any]:
@@ -76,17 +73,15 @@ class Answers:
 
 @pytest.fixture(scope="module")
 def of_lengths(over: tuple[str, LocalGroup], one_engine: OneEngine) -> Answers:
-    bodies = [of_length(length) for length in lengths_over(over[0])]
+    bodies = [of_length(length) for length in ASKED]
     return Answers(over[1].url, one_engine, bodies)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", ASKED)
 def test_tokens_are_those_of_one_engine_over_each_transport(
     over: tuple[str, LocalGroup], of_lengths: Answers, length: int
 ) -> None:
-    if length not in lengths_over(over[0]):
-        pytest.skip("over this transport only in `make test-long`")
-    record = of_lengths.record(lengths_over(over[0]).index(length))
+    record = of_lengths.record(ASKED.index(length))
     assert (record["prefill_worker"], record["decode_worker"]) == ("prefill-0", "decode-0")
     assert record["kv_failed"] is None
     # Without a relayed first token the decode worker computes the prompt's last.
@@ -116,7 +111,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"ignore_eos": False, "stop_token_ids": list(range(20, 5_000, 5))},
     {"bad_words": ["the"]},
 ]
-FIRSTS = [(length, which) for length in (3, 128, 700) for which in range(len(OPTIONS))]
+FIRSTS = [(length, which) for length in (3, 128, 300) for which in range(len(OPTIONS))]
 
 
 @pytest.fixture(scope="module")
