@@ -48,9 +48,9 @@ WORKERS, MOMENTS = (PREFILL, DECODE), (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 
 # `make test` has time for some of each; `make test-long` tries all.
 SOME_STOPS: dict[str, list[Stop]] = {
-    "ucx": [(PREFILL, 0.4, 7.0), (DECODE, 0.0, 7.0)],
+    "ucx": [(PREFILL, 0.4, 7.0)],
     "tcp": [(DECODE, 0.4, 7.0)],
-    "collective": [(PREFILL, 0.9, 7.0)],
+    "collective": [],
 }
 ALL_STOPS: list[Stop] = [(w, m, s) for w in WORKERS for m in MOMENTS for s in (1.0, 7.0)]
 SOME_KILLS: dict[str, list[Kill]] = {
