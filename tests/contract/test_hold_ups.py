@@ -71,8 +71,8 @@ def router() -> Iterator[Router]:
             assert found.post(TEXT, {"prompt": "x"}).status_code == 200
             assert found.post(CHAT, {"messages": [USER]}).status_code == 200
             found.post(TEXT, {"prompt": "x", "structured_outputs": {"regex": "a|b"}})
-        with found.client:
-            yield found
+        yield found
+        found.client.close()
 
 
 def structured(**given: Any) -> dict[str, Any]:
