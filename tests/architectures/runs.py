@@ -26,7 +26,7 @@ WORKER = ["--num-gpu-blocks-override", "1024", "--kv-answer-s", "20", "--kv-read
 """Room for every prompt of a pass three times over, and patience for a busy machine."""
 PREFILL = ["--max-num-batched-tokens", "256"]
 """Long prompts are computed, and handed over, in chunks."""
-ROUTER = ["--disaggregate", "always", "--enable-prompt-tokens-details"]
+ROUTER = ["--disaggregate", "always", "--hedge-ratio", "0", "--enable-prompt-tokens-details"]
 ROUNDS = 50 if EVERYTHING else 3
 MODEL_S, REFERENCE_S = 300.0, 600.0
 BEFORE = (ONE_BY_ONE, CACHED, SALTED)

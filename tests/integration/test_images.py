@@ -33,7 +33,7 @@ FLAGS = [
 ]  # fmt: skip
 ROUTER_FLAGS = [
     "--disaggregate", "always", "--enable-scale-out",
-    "--limit-mm-per-prompt", '{"image": 3, "video": 0}',
+    "--limit-mm-per-prompt", '{"image": 3, "video": 0}', "--hedge-ratio", "0",
 ]  # fmt: skip
 PICTURES = {"a": (84, 84), "b": (84, 84), "c": (140, 84), "d": (252, 252), "e": (252, 252)}
 """Their sizes: nine tokens, nine, fifteen, and twice 81, over three blocks or four."""
