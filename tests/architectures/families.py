@@ -158,7 +158,10 @@ FAMILIES: tuple[Family, ...] = (
         "gemma3-sliding", "gemma3-sliding", "sliding window, one group",
         windows=Windows(0, LAYERS), seen=ONCE,
     ),
-    Family("gemma2", "gemma2", "sliding and full groups", windows=Windows(2, 2)),
+    Family(
+        "gemma2", "gemma2", "sliding and full groups", windows=Windows(2, 2),
+        seen="tokens over `ucx`, 50 rounds",
+    ),
     Family(
         "gemma3", "gemma3", "sliding and full groups", windows=Windows(2, 4), seen=ONCE
     ),
