@@ -33,7 +33,11 @@ def read_public(file: Path) -> tuple[bytes, ...]:
     return _keys(file, forbidden=0o002, remedy="chmod o-w it")
 
 
-def _keys(file: Path, *, forbidden: int, remedy: str) -> tuple[bytes, ...]:
+def read_key_file(file: Path, *, forbidden: int, remedy: str) -> bytes:
+    """The content of a key file of any kind, at most 64 KiB.
+
+    Raises `KeyFileBad`, also when the file's mode has a bit of `forbidden`; `remedy` is what to do.
+    """
     try:
         with file.open("rb") as opened:
             # Of the file that is read, and not of what the name may stand for by then.
@@ -45,6 +49,11 @@ def _keys(file: Path, *, forbidden: int, remedy: str) -> tuple[bytes, ...]:
         raise KeyFileBad(f"key file {file}: its mode {mode & 0o777:04o} is open to all: {remedy}")
     if len(content) > _FILE_BYTES_MAX:
         raise KeyFileBad(f"key file {file}: more than {_FILE_BYTES_MAX} bytes")
+    return content
+
+
+def _keys(file: Path, *, forbidden: int, remedy: str) -> tuple[bytes, ...]:
+    content = read_key_file(file, forbidden=forbidden, remedy=remedy)
     keys = tuple(line.strip() for line in content.splitlines() if line.strip())
     if not keys:
         raise KeyFileBad(f"key file {file}: it is empty")

@@ -25,7 +25,7 @@ class Mine:
     rank: int
     transports: Sequence[Transport]
     keys: Pair | None = None
-    """What proves to a sender that we are one of its group; None where none is asked for."""
+    """The key pair that proves to a sender that we are one of its group; None without keys."""
     checksums: Checksums = field(init=False)
     """The receiver thread's."""
 

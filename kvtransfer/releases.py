@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PEERS_MAX = 256
 QUEUE_MAX = 1000
 FRAME_BYTES_MAX = 1 << 16
-"""Of an answer: there is none to a `Release`."""
+"""The largest answer is small: a sender answers nothing to a `Release`."""
 
 
 class ReleaseClient:

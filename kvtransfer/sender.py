@@ -47,7 +47,7 @@ QUEUE_MAX: Final = 2000
 HEARD_QUEUE_MAX: Final = 1000
 """Messages of one receiver that may wait to be heard."""
 FRAME_BYTES_MAX: Final = 1 << 20
-"""Of one that a receiver sends: the largest is an `Open`, with its layout's segments."""
+"""The largest frame that a receiver sends is an `Open`, with its layout's segments."""
 REASON_MAX: Final = 2000
 _decode = msgspec.msgpack.Decoder(ToSender).decode
 _encode = msgspec.msgpack.Encoder().encode

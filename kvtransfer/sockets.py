@@ -1,4 +1,4 @@
-"""What every ZeroMQ socket of ours has in common: no peer can have it hold more than is stated."""
+"""Bounds of every ZeroMQ socket of ours: no peer can have it hold a larger frame than is stated."""
 
 from __future__ import annotations
 

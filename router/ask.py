@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from workers.api import Item
 
 TOKEN_BYTES: Final = 5
-"""Of one token id on the wire, at most."""
+"""Bytes of one token id on the wire, at most."""
 OTHER_BYTES: Final = 16_384
 """The message's other fields, and what tries add to the prompt. Each is bounded by itself."""
 

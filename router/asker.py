@@ -23,7 +23,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """Who asks, what it may see, and by when it wants its first token."""
+    """A request's identity: its tenant, what it may see, and when it wants its first token."""
 
     tenant: str = ""
     ttft_s: float | None = None
@@ -46,7 +46,7 @@ class HeaderBad(Exception):
 
 @dataclass(frozen=True, slots=True)
 class AccessRules:
-    """What a router's settings say of keys and tenants."""
+    """A router's settings about keys and tenants."""
 
     keys: Keys = field(default_factory=Keys)
     trust_tenant_header: bool = False

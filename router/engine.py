@@ -27,7 +27,7 @@ from router.core.request_limits import RequestLimits
 from router.no_engine import NoEngine
 from router.outcome import Outcome, outcome
 from router.plain import PlainStreams
-from router.preparing import BoundedPool, GrammarCheck, Turns, leave_place
+from router.preparing import BoundedPool, GrammarCheck, SubmissionTurns, leave_place
 from workers.api import Delta, Finish
 from workers.vllm_codec import decode_extras, encode_contents, encode_request, items_of
 
@@ -79,7 +79,7 @@ class DisaggregatedEngine(NoEngine):
         limits = limits or RequestLimits()
         longest = self.model_config.max_model_len
         self.limits = replace(limits, token_ids_max=max(longest, limits.token_ids_max))
-        self._turns = Turns()
+        self._turns = SubmissionTurns()
         self._grammars = GrammarCheck(limits.grammar_s, limits.preparing_max)
         # Everything that renders or tokenizes is given to this executor.
         self._pool = BoundedPool(self.renderer._executor, limits.preparing_max, _refusal)
@@ -310,7 +310,7 @@ class DisaggregatedEngine(NoEngine):
             self.dispatch.enough(enough)
 
     def _misread(self, request_ids: list[str], error: Exception) -> None:
-        """What a worker sent for these can't be shown: they fail, and nothing is left out."""
+        """Fail requests whose output makes no sense; leaving it out would be a wrong answer."""
         for request_id in request_ids:
             log.error("output not understood", extra={"request": request_id, "error": repr(error)})
             reason = f"its output was not understood: {type(error).__name__}"
@@ -346,7 +346,7 @@ def _bound_tokenizing(renderer: Any, most: int) -> None:
 
 
 def _refusal(error: RouterError) -> Refusal:
-    """What the request has come to before anything was generated for it."""
+    """Note the error as the request's outcome, and wrap it for vLLM's layers."""
     refusal = Refusal(error)
     (outcome.get() or Outcome()).error = refusal
     return refusal

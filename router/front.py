@@ -142,7 +142,7 @@ def take_keys(args: argparse.Namespace, *, tenants_named: bool) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """What of the application can be reached, and by whom."""
+    """The part of the application that can be reached, and the keys that open it."""
 
     rules: AccessRules
     docs: bool
@@ -303,7 +303,7 @@ async def _fetched(rendering: Awaitable[Any]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What the router's own routes tell of."""
+    """The state that the router's own routes show."""
 
     links: Links
     dispatch: Dispatch

@@ -98,7 +98,7 @@ class Journal:
             _write(record, placement, predicted_tokens)
 
     def won(self, request_id: str, placement: Placement, predicted_tokens: int) -> None:
-        """Of two tries at once, this one goes on."""
+        """Keep the try on this worker, out of two at once."""
         if record := self._records.get(request_id):
             record.hedged = True
             _write(record, placement, predicted_tokens)

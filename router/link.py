@@ -80,7 +80,7 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._connections = 0
         self._parts: deque[Batch] = deque()
-        """What is left of a large message."""
+        """Parts of a large message that are still to be handled."""
         self._open()
 
     def _open(self) -> None:
@@ -233,7 +233,7 @@ class Link:
         return self._links.dispatch.doubt(self.worker_id, message)
 
     def _put_aside(self, reason: str) -> None:
-        """What it says can't be true: its requests go elsewhere, and it is asked nothing."""
+        """Put the worker aside, since its messages can't be true: its requests go elsewhere."""
         dispatch = self._links.dispatch
         view = dispatch.fleet.get(self.worker_id or "")
         if view is None:

@@ -61,7 +61,7 @@ class Live:
 
     @property
     def estimated_s(self) -> float:
-        """To the first token, from when it was placed; 0 when nothing is known."""
+        """Seconds from placement to the first token; 0 when nothing is known."""
         made = self.placement.estimate if self.placement else None
         return made.ttft_s if made else 0.0
 

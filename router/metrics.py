@@ -61,7 +61,7 @@ class Metrics:
 
 
 def loop_hold() -> LoopHold:
-    """What measures this process's event loop, told of to the registry. One a process."""
+    """A registered measurement of this process's event loop. One a process."""
     held = Histogram(
         "tandem_router_loop_hold_seconds", "How late the event loop is", buckets=HOLD_BUCKETS_S
     )

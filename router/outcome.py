@@ -27,7 +27,7 @@ _RESPONSES: Final = "/v1/responses"
 
 
 class Outcome:
-    """What the engine has come to for one HTTP request."""
+    """The engine's result for one HTTP request, so far."""
 
     __slots__ = ("begun", "error")
 
@@ -101,7 +101,7 @@ class _Answer:
         self._explain = explain
         self._path = get_route_path(scope)
         self._held: list[Message] | None = []
-        """What the client has not been told yet; None once it is told everything."""
+        """Messages that the client has not been sent yet; None once everything is sent on."""
         self._events = 0
         self._over = False
 

@@ -21,7 +21,7 @@ SLICE_S: Final = 0.005
 """Submitting requests may take the loop so long before whatever else is due gets its turn."""
 
 
-class Turns:
+class SubmissionTurns:
     """Has requests of one loop be submitted a few at a time.
 
     One request can be 128 sequences, and all their tasks become ready at once: in one go they

@@ -47,7 +47,7 @@ SILENCE_S = 5.0
 MESSAGE_BYTES_MAX = 32 << 20
 """Default of the largest message on the token channel, either way: a million tokens of prompt, and
 27 MB of images. A setting of both sides (`--message-bytes-max`)."""
-"""Of a worker, and of a router that greets one which still loads."""
+"""After so long a silence a worker is lost, and so is a router that greets one still loading."""
 ROUTER_SILENCE_S = 30.0
 """A worker keeps a silent router's requests for so long while nothing tells that it is gone. It
 bounds how long blocks are held for a router whose machine vanished."""

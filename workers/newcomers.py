@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HELD_BYTES_MAX: Final = 256 << 20
-"""What all unheard connections together may have sent of messages that are not complete."""
+"""Bytes of incomplete messages that all unheard connections may have sent together."""
 UNHEARD_S: Final = 10.0
 """So long a connection may take until its first message is complete."""
 _CHECK_S: Final = 1.0

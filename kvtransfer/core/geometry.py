@@ -32,7 +32,7 @@ SEGMENTS_MAX: Final = 1 << 16
 BLOCK_SIZES_MAX: Final = 16
 """Different ones: columns are their least common multiple."""
 BYTES_MAX: Final = 1 << 40
-"""Of one block in one segment, and of one head's token: what is more was made up."""
+"""Most bytes of a block in one segment, and of one head's token; more is refused."""
 
 
 class Unlike(Exception):

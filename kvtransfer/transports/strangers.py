@@ -24,7 +24,7 @@ ACCEPT_PAUSE_S: Final = 0.1
 
 
 class Strangers:
-    """Those of one listener. `admitted` and `gone` are their threads' to call."""
+    """One listener's connections without a hello. Their threads call `admitted` and `gone`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX: Final = 256
-"""Of readers that were let in."""
+"""Readers that were let in, at once."""
 FRAME_TIMEOUT_S: Final = 5
 """For the rest of a frame that has begun."""
 STALL_TIMEOUT_S: Final = 60

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loadtests.attack.registry import Tally
 
 OPEN = frozenset({"/health", "/livez", "/readyz", "/ping"})
-"""What answers without a key."""
+"""Routes that answer without a key."""
 ROUTES = (
     *(("GET", p) for p in (
         "/docs", "/docs/oauth2-redirect", "/is_scaling_elastic_ep", "/load", "/metrics",
@@ -33,12 +33,12 @@ ROUTES = (
         "/v1/unload_lora_adapter", "/v2/rerank", "/wake_up",
     )),
 )  # fmt: skip
-"""Whatever vLLM's front or ours serves or may come to serve."""
+"""Routes that vLLM's front or ours serves or may come to serve."""
 _CHAT = [{"role": "user", "content": "Hello"}]
 
 
 def _body(scene: Scene, path: str) -> dict[str, Any]:
-    """What most routes would take, had they no guard."""
+    """A body that most routes would take, had they no guard."""
     body: dict[str, Any] = {"model": scene.plan.model, "max_tokens": 2}
     if "chat" in path or "messages" in path or path == "/invocations":
         return {**body, "messages": _CHAT}

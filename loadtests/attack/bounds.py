@@ -20,6 +20,6 @@ LOST_MAX: Final = 0
 LOG_BYTES_A_REQUEST: Final = 2048
 """A finished request is a line of the router's log, and of the access log where there is one."""
 LOG_BYTES_MAX: Final = 256 << 10
-"""What one attack may have all processes write into their logs, beside a line a request."""
+"""Bytes that one attack may have all processes log, beside a line a request."""
 MAY_ANSWER_5XX: Final = frozenset({"501", "503"})
 """501: the route is served, what it asks for is not. 503: docs/errors.md has the codes."""

@@ -44,7 +44,7 @@ class _Told:
 
 @dataclass(slots=True)
 class Log:
-    """What was seen, newest last, for `KEPT_S`."""
+    """Observations of the last `KEPT_S`, newest last."""
 
     gaps: list[tuple[float, float]] = field(default_factory=list)
     """(when, seconds since the event before)"""

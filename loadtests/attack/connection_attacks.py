@@ -1,4 +1,4 @@
-"""What clients can do with connections alone: bytes, pauses, and ends."""
+"""Attacks by connections alone: bytes, pauses, and ends."""
 
 from __future__ import annotations
 

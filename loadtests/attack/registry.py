@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Tally:
-    """What an attacker saw."""
+    """One attack's observations."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     """HTTP's, or a word: `closed`, `timeout`."""
     broken: list[str] = field(default_factory=list)
-    """What should not have been: one sentence each."""
+    """Expectations that did not hold: one sentence each."""
     notes: list[str] = field(default_factory=list)
 
     def saw(self, status: int | str) -> None:
@@ -83,7 +83,7 @@ def attack(
 
 
 def chosen(only: str, *, short: bool) -> list[Attack]:
-    """Those named in `only`, commas between; all, or all short ones, without names.
+    """Attacks named in `only`, commas between; all, or all short ones, without names.
 
     Raises ValueError for a name that no attack has.
     """

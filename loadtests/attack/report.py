@@ -1,4 +1,4 @@
-"""What the attacks did, as a table and as JSON."""
+"""The attacks' results, as a table and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is attacked: a router, workers with simulated engines and a handoff port, as processes."""
+"""The processes under attack: a router, workers with simulated engines, and a handoff port."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class Scene:
         )
 
     def others(self, since: float, until: float, *, wait: bool = True) -> dict[str, Any]:
-        """What the bystanders saw; by default once the streams that began before are over."""
+        """The bystanders' observations; by default once the streams that began before are over."""
         assert self._bystanders is not None
         assert self._bystanders.stdin is not None
         assert self._bystanders.stdout is not None

@@ -48,6 +48,17 @@ async def hello_of(address: str) -> list[object] | None:
     return None
 
 
+@asynccontextmanager
+async def _router(scene: Scene, name: str) -> AsyncIterator[Dealer]:
+    """A router that the last worker has let in. Raises AssertionError where it does not."""
+    address = scene.workers[-1].channel
+    hello = await hello_of(address)
+    assert hello is not None, "the worker answers no router"
+    async with _peers(address) as (dealer,):
+        dealer.send(encode(["RouterHello", hello[1], name, None, None]))
+        yield dealer
+
+
 async def _open_answered(scene: Scene) -> bool:
     """Whether the handoff port answers an `Open`; to another version it says that too."""
     async with _peers(scene.handoff.channel) as (dealer,):
@@ -87,13 +98,7 @@ async def nested_frames(scene: Scene, tally: Tally) -> None:
 
 @attack("nested-tickets", "tickets nested deeply, from a router that has said hello", short=True)
 async def nested_tickets(scene: Scene, tally: Tally) -> None:
-    address = scene.workers[-1].channel
-    hello = await hello_of(address)
-    if hello is None:
-        tally.notes.append("the worker knows no stranger")
-        return
-    async with _peers(address) as (dealer,):
-        dealer.send(encode(["RouterHello", hello[1], "stranger", None, None]))
+    async with _router(scene, "stranger") as dealer:
         for n, depth in enumerate((10, 1000, 100_000)):
             for ticket in (nested(depth), b"\x94\x03" + nested(depth), b"\x91\xaatandem-sim"):
                 dealer.send(generate(f"evil-{n}-{len(ticket)}", "decode", 40, ticket))
@@ -145,13 +150,7 @@ async def malformed_flood(scene: Scene, tally: Tally) -> None:
 
 @attack("generate-flood", "5,000 prompts from one router at once, to one worker", limit_s=60)
 async def generate_flood(scene: Scene, tally: Tally) -> None:
-    address = scene.workers[-1].channel
-    hello = await hello_of(address)
-    if hello is None:
-        tally.notes.append("the worker knows no stranger")
-        return
-    async with _peers(address) as (dealer,):
-        dealer.send(encode(["RouterHello", hello[1], "flooding", None, None]))
+    async with _router(scene, "flooding") as dealer:
         for n in range(5000):
             dealer.send(generate(f"flood-{os.getpid()}-{n}", "both", 200))
         await asyncio.sleep(4)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Access(Enum):
-    """Who may use a route of a router that has keys."""
+    """The key that a route of a router with keys asks for."""
 
     OPEN = "anybody"
     CLIENT = "a client's key or the admin key"

@@ -1,4 +1,4 @@
-"""What of a worker's words is believed: numbers that a worker can have, about what it was asked.
+"""Checks of a worker's messages: only numbers that a worker can have, about what it was asked.
 
 Checked once, before anything acts upon a message, so that a worker which lies or is broken changes
 nothing: no state, no memory, no client's stream. Bounds are wide: what they refuse is no worker.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workers.api import Batch, Delta, KvEvent, Load, WorkerHello
 
 COUNT_MAX: Final = 1 << 40
-"""Of tokens, blocks, steps' work, leases: all that is counted now and not since a start."""
+"""The largest believable count of tokens, blocks, a step's work or leases at one moment."""
 TOKEN_MAX: Final = (1 << 31) - 1
 """A token's id."""
 BLOCK_TOKENS_MAX: Final = 1 << 20

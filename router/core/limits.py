@@ -41,7 +41,7 @@ class Limits:
     shares: Mapping[str, float] = field(default_factory=dict)
     """Of those tenants that have one; others have 1."""
     message_bytes: int = MESSAGE_BYTES_MAX
-    """Of one request, as workers get it: what is larger is refused, for they would not take it."""
+    """The largest request in bytes, as workers get it. They would not take a larger one."""
 
 
 class Buckets:

@@ -138,7 +138,7 @@ class EstimatePolicy:
 
 
 def _with_room(prompt: Prompt, workers: Sequence[WorkerView]) -> list[WorkerView]:
-    """Who generates, and has KV blocks for all of it and a sequence to spare. Raises `NoCapacity`.
+    """Workers that generate, with blocks for all of it and a free sequence. Raises `NoCapacity`.
 
     What is too large for each of them even when empty goes to any: it says so to the client.
     """

@@ -31,7 +31,7 @@ class Raced:
     state: life.State
     rival: life.State
     effects: tuple[Effect, ...]
-    """Of the try to which the event happened."""
+    """The try to which the event happened."""
     rival_effects: tuple[Effect, ...] = ()
 
 

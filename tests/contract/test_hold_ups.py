@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(500)
 
 SIMULATED = ["--engine", "sim", "--max-model-len", "2048"]
 CPU_S_MAX = 2.0
-"""Of the router, for one request: CPU time, since how long it takes says what else runs here.
+"""The router's CPU time for one request; wall time would say what else runs here.
 Without limits each of those below took more."""
 USER = {"role": "user", "content": "hi"}
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -72,7 +72,7 @@ class Streams:
         return [asked.result(timeout=200) for asked in self._asked]
 
     def expected(self) -> list[str]:
-        """What the same group answers when nothing is wrong with it."""
+        """The same group's answers when nothing is wrong with it."""
         bodies = [{"prompt": prompt(n), "max_tokens": self._tokens} for n in range(self._count)]
         answers = list(self._pool.map(lambda body: complete(self._url, **body), bodies))
         return [answer.json()["choices"][0]["text"] for answer in answers]

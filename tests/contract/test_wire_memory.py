@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 POURED = 400 << 20
 GROWN_MAX = 8 << 20
-"""What a stranger's frame that is too large may cost, whatever its size."""
+"""Bytes that a stranger's too large frame may cost, whatever its size."""
 
 
 def resident(pid: int) -> int:

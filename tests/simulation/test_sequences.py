@@ -28,7 +28,7 @@ def call(name: str, tenant: str, at: float) -> Call:
 
 
 def waits(plan: Plan) -> tuple[dict[str, float], int]:
-    """What each request waited for its first token, and the longest queue on any worker."""
+    """Each request's wait for its first token, and the longest queue on any worker."""
     longest = 0
 
     async def run() -> dict[str, float]:

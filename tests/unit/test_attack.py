@@ -1,4 +1,4 @@
-"""What `make attack` judges by: a bystander sees what is wrong, a bound that is broken is told."""
+"""`make attack`'s judgement: a bystander sees what is wrong, a bound that is broken is told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a worker's words is believed, and what is not, before anything is done with it."""
+"""A worker's messages are believed or not before anything is done with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one client's HTTP connection may have the router wait for or keep."""
+"""One client's HTTP connection has bounds on what the router waits for and keeps."""
 
 from __future__ import annotations
 

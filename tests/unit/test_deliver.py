@@ -1,4 +1,4 @@
-"""What a worker's step brings reaches clients, though some of it makes no sense."""
+"""A worker's step reaches clients, though some of its output makes no sense."""
 
 from __future__ import annotations
 

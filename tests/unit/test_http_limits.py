@@ -17,7 +17,7 @@ GONE: Message = {"type": "http.disconnect"}
 
 
 def asked(*messages: Message, method: str = "POST", **headers: str) -> tuple[list[Any], list[Any]]:
-    """What the application read, and what was answered in its stead."""
+    """The body that the application read, and the answer in its stead."""
     read: list[Message] = []
     answered: list[Message] = []
     left = list(messages)

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from router.core.errors import GrammarTooSlow, PreparingFull
-from router.preparing import SLICE_S, STUCK_MAX, BoundedPool, GrammarCheck, Places, Turns
+from router.preparing import SLICE_S, STUCK_MAX, BoundedPool, GrammarCheck, Places, SubmissionTurns
 
 
 def test_sequences_of_one_request_let_other_work_of_the_loop_in_between() -> None:
     async def test() -> None:
-        turns, rounds, done = Turns(), [0], []
+        turns, rounds, done = SubmissionTurns(), [0], []
 
         async def others() -> None:
             while len(done) < 40:
@@ -38,7 +38,7 @@ def test_sequences_of_one_request_let_other_work_of_the_loop_in_between() -> Non
 
 def test_one_request_that_waited_for_its_turn_in_vain_leaves_the_turn_to_others() -> None:
     async def test() -> None:
-        turns = Turns()
+        turns = SubmissionTurns()
         gone = asyncio.create_task(turns.take())
         await asyncio.sleep(0)
         gone.cancel()

@@ -31,7 +31,7 @@ PAIRS = list(product(tries_of_one(), map(elsewhere, tries_of_one())))
 
 
 def steps() -> list[tuple[life.State, life.State, life.Event, race.Raced]]:
-    """What each event that is allowed does to each pair, whichever of the two it happens to."""
+    """Every allowed event's effect on each pair, whichever of the two it happens to."""
     found = []
     for first, second in PAIRS:
         for (state, rival), event in product(((first, second), (second, first)), _EVENTS):

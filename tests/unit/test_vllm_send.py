@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 FLOOD = 5000
 COMMAND_S = 0.0002
-"""What one takes, by a clock that only commands move."""
+"""Seconds that one command takes, by a clock that only commands move."""
 
 
 def test_flood_of_prompts_is_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
